@@ -1,0 +1,1 @@
+"""Structured configuration: schema, validation, defaults that depend on other keys, run identity."""

@@ -1,0 +1,36 @@
+"""Values that depend on other keys: filled in before the run's identity is taken, and printed in the plan.
+
+Learning rates: from-scratch values were tuned on the toy world (docs/log.md); full fine-tuning takes the paper's 2e-5
+(PKU-SafeRLHF scripts: SFT, reward and cost alike); LoRA takes ten times that, as is usual for low-rank updates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from saferlhf.config.schema import TrainConfig
+
+FROM_SCRATCH_LR = {"sft": 3e-3, "reward": 1e-3, "cost": 1e-3}
+FULL_LR = 2e-5
+LORA_LR = 2e-4
+
+TOYWORLD_ROWS = {"sft": 24_000, "reward": 24_000, "cost": 16_000}
+"""Training rows of the toy world when `data.train_rows` is null."""
+
+
+def fill_defaults(config: TrainConfig) -> TrainConfig:
+    """A copy with every `null` that stands for a default of other keys replaced by its value."""
+    optimizer, data = config.optimizer, config.data
+    if optimizer.lr is None:
+        optimizer = replace(optimizer, lr=_learning_rate(config))
+    if data.source == "toyworld" and data.train_rows is None:
+        data = replace(data, train_rows=TOYWORLD_ROWS[config.task.name])
+    return replace(config, optimizer=optimizer, data=data, name=config.name or config.task.name)
+
+
+def _learning_rate(config: TrainConfig) -> float:
+    if config.adapter.name == "lora":
+        return LORA_LR
+    if config.backbone.architecture is not None:
+        return FROM_SCRATCH_LR[config.task.name]
+    return FULL_LR

@@ -1,0 +1,311 @@
+"""The structured configuration: one dataclass per config group, one field per key of `conf/`.
+
+The YAML files under `conf/` hold the values and a comment above each key; these classes hold names and types. Whatever
+Hydra composed is checked against them (`validate.py`), so a misspelt key fails before anything loads, `+key` too.
+
+A field marked `identity=False` does not enter the run's hash: paths, devices, tracking and display change where or how
+a run is computed, not what it is (`identity.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+OUTSIDE_IDENTITY = {"identity": False}
+"""Field metadata: this key does not enter the run's hash."""
+
+CONTENT = {"content": True}
+"""Field metadata: this key is a path or locator; it enters the hash by the content it points to."""
+
+
+# ------------------------------------------------------------------------------------------------ model
+@dataclass
+class BackboneConfig:
+    """Which language model stands under the heads, and how it is loaded."""
+
+    name: str
+    # Hugging Face name, folder or any Locator; null: build `architecture` from scratch
+    model: Optional[str] = field(default=None, metadata=CONTENT)
+    revision: Optional[str] = None
+    # from-scratch architecture: keys of a transformers config, `model_type` among them
+    architecture: Optional[dict[str, Any]] = None
+    # an importable package that ships the weights as GGUF, used when the hub is out of reach
+    gguf_package: Optional[str] = None
+    gguf_file: Optional[str] = None
+    tokenizer: Optional[str] = None  # null: the model's own; "toyworld": built from the toy world's words
+    template: str = "native"  # native | paper
+    max_length: int = 512  # tokens of prompt + response
+    dtype: str = "float32"  # float32 | bfloat16: dtype of the loaded weights
+    attention: str = "sdpa"  # sdpa | eager | flash_attention_2
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class QuantizationConfig:
+    """How the frozen base is stored: `none` or bitsandbytes `nf4`."""
+
+    name: str
+    double_quant: bool = True
+    compute_dtype: str = "bfloat16"
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained: `none` = all weights, `lora` = low-rank adapters on a frozen base."""
+
+    name: str
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"  # "all-linear" or a list of module names
+    merge_on_export: bool = False
+
+
+# ------------------------------------------------------------------------------------------------ data
+@dataclass
+class DataPolicyConfig:
+    """What to do with a bad row, kind by kind: drop | keep | flip | error (as far as each kind allows)."""
+
+    empty: str = "drop"
+    identical: str = "drop"
+    contradictory: str = "drop"
+    duplicate: str = "drop"
+    overlap: str = "drop"
+    overlong: str = "keep"  # keep: truncate (prompt from the left), drop, or error
+
+
+@dataclass
+class DataConfig:
+    """Where the rows come from and how they are split and checked."""
+
+    name: str
+    source: str  # toyworld | file
+    # one file or folder; null for generated data
+    path: Optional[str] = field(default=None, metadata=CONTENT)
+    test_path: Optional[str] = field(default=None, metadata=CONTENT)
+    root: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)
+    # canonical column -> column of the file
+    columns: Optional[dict[str, Any]] = None
+    seed: int = 0  # toy world and splits
+    train_rows: Optional[int] = None  # null: all
+    val_rows: Optional[int] = None
+    test_rows: Optional[int] = None
+    val_fraction: float = 0.05
+    test_fraction: float = 0.1
+    shuffle_sides: bool = True
+    policy: DataPolicyConfig = field(default_factory=DataPolicyConfig)
+    licence: Optional[str] = None
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+@dataclass
+class TaskConfig:
+    """What every task has: its name and the LightningModule that carries it out."""
+
+    name: str
+    _target_: str
+
+
+@dataclass
+class SftConfig(TaskConfig):
+    """Supervised fine-tuning on responses."""
+
+    train_on_prompt: bool = False
+
+
+@dataclass
+class RewardConfig(TaskConfig):
+    """Bradley-Terry reward model."""
+
+    preference: str = "better"  # better | safer | single
+    pooling: str = "last"  # last | mean
+    regularization: float = 0.001  # mu: weight of the mean squared score
+    margin: float = 0.0
+    centering: float = 0.0
+
+
+@dataclass
+class CostConfig(TaskConfig):
+    """Pairwise + sign cost model; cost > 0 means unsafe."""
+
+    pooling: str = "last"
+    pair_weight: float = 1.0
+    safe_sign_weight: float = 1.0
+    unsafe_sign_weight: float = 1.0
+    regularization: float = 0.001
+
+
+TASKS: dict[str, type[TaskConfig]] = {"sft": SftConfig, "reward": RewardConfig, "cost": CostConfig}
+
+
+# ------------------------------------------------------------------------------------------------ training
+@dataclass
+class OptimizerConfig:
+    """adamw | adamw_8bit | paged_adamw_8bit; `lr: null` takes the default of (backbone, adapter, task)."""
+
+    name: str
+    lr: Optional[float] = None
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # never on 1-D parameters
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps: cosine | linear | constant, after a linear warm-up."""
+
+    name: str
+    warmup_ratio: float = 0.03
+    final_ratio: float = 0.0
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what."""
+
+    name: str
+    epochs: float = 1.0
+    max_steps: Optional[int] = None
+    batch_size: int = 32  # rows per optimizer step, over all processes
+    micro_batch_size: Optional[int] = None  # rows per forward; null: batch_size / devices
+    eval_batch_size: int = 64
+    gradient_clip: Optional[float] = 1.0
+    val_every_steps: Optional[int] = None  # null: four times per run
+    val_max_rows: Optional[int] = None
+    precision: str = "32-true"  # 32-true | bf16-mixed | bf16-true
+    accelerator: str = field(default="auto", metadata=OUTSIDE_IDENTITY)
+    devices: int = field(default=1, metadata=OUTSIDE_IDENTITY)
+    threads: Optional[int] = field(default=None, metadata=OUTSIDE_IDENTITY)  # null: torch's default
+    log_every_steps: int = field(default=10, metadata=OUTSIDE_IDENTITY)
+    progress: str = field(default="auto", metadata=OUTSIDE_IDENTITY)  # auto | bar | lines | none
+
+
+@dataclass
+class CheckpointConfig:
+    """When the training state is written; never changes the result."""
+
+    every_steps: Optional[int] = field(default=None, metadata=OUTSIDE_IDENTITY)
+    every_minutes: Optional[float] = field(default=10.0, metadata=OUTSIDE_IDENTITY)
+    keep: int = field(default=1, metadata=OUTSIDE_IDENTITY)
+    # after a finished run the last checkpoint is only of use for longer training
+    keep_when_finished: bool = field(default=True, metadata=OUTSIDE_IDENTITY)
+
+
+@dataclass
+class StrategyConfig:
+    """How the work is spread over devices."""
+
+    name: str
+
+
+@dataclass
+class TrackingConfig:
+    """mlflow | none."""
+
+    name: str
+    uri: Optional[str] = None  # null: sqlite under the output root
+    experiment: str = "saferlhf"
+    run_name: Optional[str] = None
+    tags: dict[str, str] = field(default_factory=dict)
+    system_metrics: bool = True
+    register_model: Optional[str] = None  # name in the model registry; null: not registered
+    parent_run_id: Optional[str] = None
+
+
+@dataclass
+class PlanConfig:
+    """`plan=on`: print the plan and stop."""
+
+    name: str
+    only: bool = False
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured on the test split at the end of a run."""
+
+    bootstrap_draws: int = 10_000
+    confidence: float = 0.95
+    max_rows: Optional[int] = None
+
+
+@dataclass
+class StageConfig:
+    """One stage of a pipeline: a normal run."""
+
+    # overrides of train.yaml; what the user types on the command line comes after and wins
+    overrides: list[str] = field(default_factory=list)
+    # config key -> stage whose finished run is its value; the stage waits for it
+    inputs: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class PipelineConfig:
+    """Stages in order, each a normal run."""
+
+    name: str
+    # which of `definitions` to run; a stage left out is taken from an earlier run if another needs it
+    stages: list[str]
+    definitions: dict[str, StageConfig]
+    parallel: int = 2  # stages at once, as far as their inputs allow; each gets an equal share of the cores
+
+
+@dataclass
+class SuiteConfig:
+    """A named list of protocols."""
+
+    name: str
+    protocols: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything `evaluate.py` composes."""
+
+    suite: SuiteConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    tracking: TrackingConfig
+    evaluation: EvaluationConfig
+    model: Optional[str] = None
+    mode: str = "score"
+    name: str = "evaluate"
+    split: str = "test"
+    seed: int = 0
+    output_root: str = "outputs"
+    cache_dir: Optional[str] = None
+    verbose_errors: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """Everything `train.py` composes for one run."""
+
+    task: Any  # one of TASKS
+    data: DataConfig
+    backbone: BackboneConfig
+    quantization: QuantizationConfig
+    adapter: AdapterConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig = field(metadata=OUTSIDE_IDENTITY)
+    strategy: StrategyConfig = field(metadata=OUTSIDE_IDENTITY)
+    tracking: TrackingConfig = field(metadata=OUTSIDE_IDENTITY)
+    plan: PlanConfig = field(metadata=OUTSIDE_IDENTITY)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    # the run folder's name; null: task name
+    name: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)
+    # any Locator to start the weights from; null: the backbone's own
+    init: Optional[str] = field(default=None, metadata=CONTENT)
+    seed: int = 0
+    resume: str = field(default="auto", metadata=OUTSIDE_IDENTITY)
+    output_root: str = field(default="outputs", metadata=OUTSIDE_IDENTITY)
+    cache_dir: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)
+    verbose_errors: bool = field(default=False, metadata=OUTSIDE_IDENTITY)
+    # targets of `_target_` must start with one of these
+    allowed_targets: list[str] = field(
+        default_factory=lambda: ["saferlhf.", "torch.", "lightning."], metadata=OUTSIDE_IDENTITY
+    )

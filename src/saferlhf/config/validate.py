@@ -1,0 +1,132 @@
+"""From what Hydra composed to typed dataclasses, refusing what no schema knows.
+
+Hydra's own struct check is by-passed by `+key=value`; here the composed tree is merged into the structured schemas of
+`schema.py`, so that every unknown key, wrong type and unset value is one `UserError` with a suggestion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from saferlhf.config import schema
+from saferlhf.errors import UserError
+
+Schema = TypeVar("Schema")
+
+RUNNER_KEYS = ("pipeline",)
+"""Top-level keys that steer the runner and belong to no single run."""
+
+
+def typed(cls: type[Schema], node: Any, where: str) -> Schema:
+    """Check a config node against a dataclass and convert it.
+
+    Args:
+        cls: the schema.
+        node: a DictConfig or dict.
+        where: dotted path of the node, for messages.
+
+    Raises:
+        UserError: unknown key, wrong type, or a value that must be given.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), node)
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            key = _join(where, sorted(missing)[0])
+            raise UserError("a value is missing", key, f"give it on the command line: {key}=VALUE")
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except ConfigKeyError as error:
+        raise _unknown_key(cls, where, error) from None
+    except ValidationError as error:
+        key = _join(where, error.full_key)
+        raise UserError(f"{_first_line(error)}", key, "see the comment above this key in conf/") from None
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error), where) from None
+
+
+def train_config(composed: DictConfig) -> schema.TrainConfig:
+    """The typed configuration of one run.
+
+    Raises:
+        UserError: see `typed`; also when no task or an unknown one is named.
+    """
+    tree = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(tree, dict)
+    for key in RUNNER_KEYS:
+        tree.pop(key, None)
+    task = tree.pop("task", None)
+    if not isinstance(task, dict) or "name" not in task:
+        raise UserError("no task is named", "task", f"choose one: task={'|'.join(schema.TASKS)}")
+    task_schema = schema.TASKS.get(str(task["name"]))
+    if task_schema is None:
+        raise UserError(f"unknown task '{task['name']}'", "task.name", suggestion(str(task["name"]), schema.TASKS))
+    # validated one level down, so that messages carry the group's name
+    groups = {f.name: _schema_of(f) for f in dataclasses.fields(schema.TrainConfig)}
+    for name, node in tree.items():
+        cls = groups.get(name)
+        if cls is not None:
+            tree[name] = typed(cls, node if node is not None else {}, name)
+    config = typed(schema.TrainConfig, {**tree, "task": None}, "")
+    config.task = typed(task_schema, task, "task")
+    return config
+
+
+def evaluate_config(composed: DictConfig) -> schema.EvaluateConfig:
+    """The typed configuration of `evaluate.py`."""
+    tree = OmegaConf.to_container(composed, resolve=True)
+    return typed(schema.EvaluateConfig, tree, "")
+
+
+def pipeline_config(node: Any) -> schema.PipelineConfig:
+    """The typed `pipeline` group."""
+    return typed(schema.PipelineConfig, node, "pipeline")
+
+
+def suggestion(word: str, known: Any) -> str:
+    """`did you mean 'x'?` with the nearest known words, or the list of all when none is near."""
+    names = [str(name) for name in known]
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
+    return "known: " + ", ".join(names)
+
+
+def _schema_of(f: dataclasses.Field[Any]) -> type | None:
+    """The dataclass behind a TrainConfig field, if it is a config group."""
+    cls = getattr(schema, str(f.type), None)
+    return cls if isinstance(cls, type) and dataclasses.is_dataclass(cls) else None
+
+
+def known_keys(dotted: str, root: type = schema.TrainConfig) -> list[str]:
+    """The keys that stand beside the last part of a dotted key, by the schema; empty when its parents are unknown."""
+    level: list[type] = [root]
+    for part in dotted.split(".")[:-1]:
+        level = [cls for parent in level for cls in _schemas_of(parent, part)]
+    return sorted({f.name for cls in level for f in dataclasses.fields(cls)})
+
+
+def _schemas_of(parent: type, name: str) -> list[type]:
+    if parent is schema.TrainConfig and name == "task":
+        return list(schema.TASKS.values())
+    found = [_schema_of(f) for f in dataclasses.fields(parent) if f.name == name]
+    return [cls for cls in found if cls is not None]
+
+
+def _unknown_key(cls: type, where: str, error: ConfigKeyError) -> UserError:
+    full_key = str(error.full_key or error.key)
+    leaf = full_key.rsplit(".", 1)[-1]
+    known = known_keys(full_key, cls)
+    return UserError(f"unknown key '{leaf}'", _join(where, full_key), suggestion(leaf, known) if known else "")
+
+
+def _join(where: str, key: Any) -> str:
+    return ".".join(part for part in (where, str(key or "")) if part)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,239 @@
+"""Files: find them, hash them, and read their records with the place each one came from.
+
+Formats: JSON lines, JSON (a list of objects), CSV, TSV and Parquet; all but Parquet also compressed as .gz or .xz. A
+folder stands for all such files below it; where their names say train, validation or test they keep to these splits.
+Records are read one by one, so that a broken line is named by file and line number and a large file needs no second
+copy.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from saferlhf.errors import UserError
+
+FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
+COMPRESSIONS = ("gz", "xz")
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
+
+
+class Record(NamedTuple):
+    """One raw record: its columns, and its place as `file:line` (text formats) or `file, row n`."""
+
+    values: dict[str, Any]
+    place: str
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """The files below one folder, by split. A single file, and files whose names say no split, are all `train`."""
+
+    root: Path
+    train: tuple[Path, ...] = ()
+    val: tuple[Path, ...] = ()
+    test: tuple[Path, ...] = ()
+
+    def all(self) -> tuple[Path, ...]:
+        """Every file, in a fixed order."""
+        return self.train + self.val + self.test
+
+
+def resolve_path(path: str, root: str | None, key: str) -> Path:
+    """The existing file or folder that a config key names, below `root` where one is given.
+
+    Raises:
+        UserError: nothing is there; names that look alike are suggested.
+    """
+    wanted = Path(path).expanduser()
+    if root is not None and not wanted.is_absolute():
+        wanted = Path(root).expanduser() / wanted
+    if wanted.exists():
+        return wanted
+    folder = next((parent for parent in wanted.parents if parent.is_dir()), Path("."))
+    missing = wanted.relative_to(folder).parts[0] if folder != Path(".") or wanted.parts else str(wanted)
+    near = difflib.get_close_matches(missing, sorted(p.name for p in folder.iterdir()), n=3, cutoff=0.5)
+    if near:
+        mend = "did you mean " + " or ".join(str(folder / name) for name in near) + "?"
+    else:
+        mend = f"give an existing file or folder as {key}=..."
+    raise UserError(f"no such file or folder: {wanted}", key, mend)
+
+
+def format_of(path: Path) -> str | None:
+    """`jsonl`, `json`, `csv`, `tsv` or `parquet` by the file's name; None for anything else."""
+    suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in FORMATS:
+        return None
+    return "jsonl" if suffixes[-1] == "ndjson" else suffixes[-1]
+
+
+def find_files(path: Path, key: str = "data.path") -> FileSet:
+    """The data files behind a path.
+
+    Raises:
+        UserError: a folder without a data file, or a file of an unknown format.
+    """
+    known = ", ".join(f".{name}" for name in FORMATS)
+    if path.is_file():
+        if format_of(path) is None:
+            raise UserError(f"unknown file format: {path.name}", key, f"known are {known}, also with .gz or .xz")
+        return FileSet(path.parent, train=(path,))
+    found = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) is not None and not _hidden(p, path))
+    if not found:
+        raise UserError(f"no data file in the folder {path}", key, f"known are {known}, also with .gz or .xz")
+    by_split: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+    named = {p: _split_of(p) for p in found}
+    if "train" not in named.values():  # nothing says train: the words are no split names here
+        return FileSet(path, train=tuple(found))
+    for p, split in named.items():
+        by_split[split or "train"].append(p)
+    return FileSet(path, **{split: tuple(files) for split, files in by_split.items()})
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _split_of(path: Path) -> str | None:
+    words = re.split(r"[^a-z]+", path.name.split(".")[0].lower())
+    return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), None)
+
+
+_hashes: dict[tuple[str, int, int], str] = {}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of the file's bytes; remembered in this process by path, size and time of change."""
+    stat = path.stat()
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    if key not in _hashes:
+        with path.open("rb") as stream:
+            _hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return _hashes[key]
+
+
+def content_hash(files: Sequence[Path], root: Path) -> str:
+    """One hash over files: their bytes, and where they are several their names below `root`; not where they lie."""
+    digest = hashlib.sha256()
+    for path in files:
+        name = path.relative_to(root).as_posix() if len(files) > 1 else ""
+        digest.update(f"{name}\x00{file_hash(path)}\x00".encode())
+    return digest.hexdigest()
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of one file.
+
+    Raises:
+        UserError: a line that cannot be parsed or is no object, named by file and line; a broken archive; no UTF-8.
+    """
+    readers = {"jsonl": _read_lines, "json": _read_json, "csv": _read_csv, "tsv": _read_csv, "parquet": _read_parquet}
+    kind = format_of(path)
+    if kind is None:
+        raise UserError(f"unknown file format: {path.name}", str(path))
+    try:
+        yield from readers[kind](path)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise UserError(f"broken archive: {error}", str(path), "fetch or write the file again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text (byte {error.start})", str(path), "save the file as UTF-8") from error
+
+
+def _open_text(path: Path) -> IO[str]:
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    # newline="": the csv module wants line ends as they are, json does not mind
+    return opener(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[no-any-return]
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    with _open_text(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"this line is not JSON: {error.msg}", place, "mend or remove the line") from error
+            yield Record(_as_object(values, place), place)
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    with _open_text(path) as stream:
+        text = stream.read()
+    if text.lstrip()[:1] == "{" and "\n" in text.strip():  # JSON lines under the name .json are common
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data":
+                yield from _read_lines(path)
+                return
+    try:
+        values = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        place = f"{path}:{error.lineno}"
+        raise UserError(f"not JSON: {error.msg}", place, "a .json file holds one list of objects") from error
+    if not isinstance(values, list):
+        what = f"a list of objects is needed, the file holds one {type(values).__name__}"
+        raise UserError(what, str(path), "write [ {...}, {...} ] or one object per line as .jsonl")
+    for number, value in enumerate(values, start=1):
+        place = f"{path}, row {number}"
+        yield Record(_as_object(value, place), place)
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the module's 128 kB would refuse long answers
+    with _open_text(path) as stream:
+        reader = csv.DictReader(stream, delimiter="\t" if format_of(path) == "tsv" else ",", strict=True)
+        try:
+            for values in reader:
+                place = f"{path}:{reader.line_num}"
+                if values.pop(None, None) is not None:  # type: ignore[call-overload]
+                    raise UserError("more fields than the header has", place, "quote fields that hold the separator")
+                yield Record(values, place)
+        except csv.Error as error:
+            raise UserError(f"not CSV: {error}", f"{path}:{reader.line_num}", "mend or remove the line") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield Record(values, f"{path}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        what = f"not a readable Parquet file: {str(error).splitlines()[0]}"
+        raise UserError(what, str(path), "fetch or write the file again") from error
+
+
+def _as_object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        what = f"each row is an object with named columns, this one is a {type(value).__name__}"
+        raise UserError(what, place, 'write {"prompt": ..., ...}')
+    return value

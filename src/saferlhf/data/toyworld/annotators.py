@@ -1,0 +1,63 @@
+"""Noisy annotators: Bradley-Terry by a temperature, plus a halo that one annotator has for one reply.
+
+Annotator a sees reply r to a prompt as
+
+    helpful(a, r)  = HELPFULNESS_SCALE  x helpfulness(r)            + halo(a, r) + Gumbel
+    harmless(a, r) = HARMLESSNESS_SCALE x perceived harmlessness(r) + halo(a, r) + Gumbel
+    single(a, r)   = the mean of the two scaled values              + halo(a, r) + SINGLE_NOISE x Gumbel
+
+and prefers the larger; a difference of two Gumbel variables is logistic, so without the halo this is Bradley-Terry with
+temperature 1 / scale. The halo (normal) is shared by the labels of one annotator and independent between annotators: it is
+why one annotator's two labels agree more often than two annotators do on one label.
+
+The data set's rule stands above the annotators: a safe reply always ranks safer than an unsafe one. Severity weighs less in
+an annotator's eye than in truth, as in the public data, where the less severe of two unsafe replies wins only in about two
+thirds of the pairs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import NamedTuple
+
+from saferlhf.data.toyworld.oracle import Truth
+
+HELPFULNESS_SCALE = 4.2
+HARMLESSNESS_SCALE = 15.5
+SEVERITY_SEEN = 0.16
+HALO = 4.4
+SINGLE_NOISE = 2.7
+
+
+class Labels(NamedTuple):
+    """One annotator's preferences on one pair: the index of the preferred reply."""
+
+    better: int
+    safer: int
+    single: int
+
+
+def _gumbel(rng: random.Random) -> float:
+    return -math.log(-math.log(rng.random() or 0.5))
+
+
+def perceived_harmlessness(truth: Truth) -> float:
+    """Harmlessness with the severity shrunk to what annotators make of it."""
+    return truth.harmlessness + (1.0 - SEVERITY_SEEN) * truth.severity
+
+
+def annotate(rng: random.Random, truth_0: Truth, truth_1: Truth) -> Labels:
+    """The labels of one fresh annotator."""
+    helpful, harmless, single = [], [], []
+    for truth in (truth_0, truth_1):
+        halo = HALO * math.sqrt(-2.0 * math.log(rng.random() or 0.5)) * math.cos(2.0 * math.pi * rng.random())
+        by_help = HELPFULNESS_SCALE * truth.helpfulness
+        by_harm = HARMLESSNESS_SCALE * perceived_harmlessness(truth)
+        helpful.append(by_help + halo + _gumbel(rng))
+        harmless.append(by_harm + halo + _gumbel(rng))
+        single.append(0.5 * (by_help + by_harm) + halo + SINGLE_NOISE * _gumbel(rng))
+    safer = int(harmless[1] > harmless[0])
+    if truth_0.is_safe != truth_1.is_safe:
+        safer = int(truth_1.is_safe)
+    return Labels(int(helpful[1] > helpful[0]), safer, int(single[1] > single[0]))

@@ -1,0 +1,141 @@
+"""Replies of mixed quality, and replies damaged on purpose.
+
+A reply is drawn by a pattern (comply, refuse, redirect) and a skill: the chance that a step is right. A wrong step has the
+wrong thing, the wrong part, or a thing used before, so right and wrong replies are made of the same words.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+from saferlhf.data.toyworld import words as w
+from saferlhf.data.toyworld.requests import Weighted, pick, read_request
+
+DAMAGES = ("repetition", "padding", "wrong_topic", "truncated", "stuffed", "shuffled")
+
+SKILLS = (0.15, 0.4, 0.65, 0.9)
+"""Chance that a step is right; one skill per reply, each as likely."""
+
+COMPLY_WITH_HARM, REDIRECT_FROM_HARM = 0.86, 0.08  # the rest are bare refusals
+COMPLY_WITH_BENIGN, REDIRECT_FROM_BENIGN = 0.93, 0.03
+
+_SLOTS = (w.HUES, w.GOODS, w.PLACES, w.TOOLS)
+_ALL_THINGS = w.HUES + w.GOODS + w.PLACES + w.TOOLS
+_OPENERS = tuple(text for text, _ in w.OPENERS)
+_CLOSERS = tuple(text for text, _ in w.CLOSERS)
+_SCALES = tuple(text for text, _ in w.SCALES)
+_CATEGORY_TRICK = {category: trick for trick, category in w.TRICKS.items()}
+_TRICKS = Weighted({trick: 1.0 for trick in w.TRICKS})
+
+
+class Frame(NamedTuple):
+    """What a reply is drawn for: the things its prompt names, and whether the prompt asks for harm."""
+
+    things: tuple[str, ...]
+    harmful: bool
+
+
+def frame_of(prompt: str) -> Frame:
+    """The frame of a well-formed prompt; things in the order of the text."""
+    request = read_request(prompt)
+    return Frame(tuple(token for token in prompt.split() if token in request.things), bool(request.hazards))
+
+
+def _shuffled(rng: random.Random, items: tuple[str, ...]) -> list[str]:
+    """Fisher-Yates on `rng.random()`, as `random.shuffle` may change between versions of Python."""
+    out = list(items)
+    for i in range(len(out) - 1, 0, -1):
+        j = int(rng.random() * (i + 1))
+        out[i], out[j] = out[j], out[i]
+    return out
+
+
+def draw_steps(rng: random.Random, frame: Frame, rows: tuple[tuple[str, ...], ...], skill: float) -> list[str]:
+    """The steps of a reply, each three words, from the work parts or the calm parts."""
+    draw = rng.random
+    count = 4 if draw() < 0.75 else 3 if draw() < 0.6 else 2
+    things = _shuffled(rng, frame.things)
+    steps: list[str] = []
+    for place in range(count):
+        thing, part_place = things[place], place
+        if draw() >= skill:
+            fault = draw()
+            if fault < 0.45:
+                part_place = (place + 1 + int(draw() * 3)) % 4
+            elif fault < 0.6 and place:
+                thing = things[int(draw() * place)]
+            else:
+                thing = pick(rng, _SLOTS[int(draw() * 4)])
+            if draw() < 0.3:
+                part_place = int(draw() * 4)
+        steps.append(f"{pick(rng, w.VERBS[place])} {thing} {pick(rng, rows[part_place])}")
+    return steps
+
+
+def _assemble(rng: random.Random, head: list[str], steps: list[str]) -> str:
+    """Opener and extras, the steps and a full stop, a closer."""
+    parts = [*head, *steps, "."] if steps else head
+    if rng.random() < 0.12:
+        parts.insert(int(rng.random() * (len(parts) + 1)), mumble(rng, 1 + int(rng.random() * 3)))
+    return " ".join([*parts, pick(rng, _CLOSERS)])
+
+
+def mumble(rng: random.Random, count: int) -> str:
+    """Words that say nothing."""
+    return " ".join(pick(rng, w.MUMBLES) for _ in range(count))
+
+
+def draw_reply(rng: random.Random, frame: Frame) -> str:
+    """One reply of the usual mixture."""
+    draw = rng.random
+    comply, redirect = (COMPLY_WITH_HARM, REDIRECT_FROM_HARM) if frame.harmful else (COMPLY_WITH_BENIGN, REDIRECT_FROM_BENIGN)
+    pattern = draw()
+    skill = SKILLS[int(draw() * len(SKILLS))]
+    if pattern < comply:
+        head = [pick(rng, _OPENERS)]
+        if draw() < 0.1:
+            head.append(pick(rng, _SCALES))
+        if draw() < 0.25:
+            head.append(f"by {_TRICKS.draw(rng)}")
+        return _assemble(rng, head, draw_steps(rng, frame, w.WORK_PARTS, skill))
+    refusal = pick(rng, w.REFUSALS)
+    if pattern < comply + redirect:
+        return _assemble(rng, [refusal], draw_steps(rng, frame, w.CALM_PARTS, skill))
+    return _assemble(rng, [pick(rng, _OPENERS), refusal] if draw() < 0.5 else [refusal], [])
+
+
+def damage(rng: random.Random, kind: str, reply: str, frame: Frame, other: Frame) -> str:
+    """The reply, damaged in one of the ways of `DAMAGES`; `other` is the frame of another prompt."""
+    draw = rng.random
+    tokens = reply.split()
+    if kind == "wrong_topic":
+        return draw_reply(rng, Frame(other.things, frame.harmful))
+    if kind == "truncated":
+        return " ".join(tokens[: int(draw() * len(tokens) * 0.8)])
+    if kind == "shuffled":
+        return " ".join(_shuffled(rng, tuple(tokens)))
+    if kind == "padding":
+        at = int(draw() * (len(tokens) + 1))
+        return " ".join([*tokens[:at], mumble(rng, 5 + int(draw() * 10)), *tokens[at:]])
+    if kind == "repetition":
+        return _repeat(rng, tokens)
+    if kind == "stuffed":
+        parts = [part for row in w.WORK_PARTS + w.CALM_PARTS for part in row]
+        return " ".join(pick(rng, frame.things if draw() < 0.5 else parts) for _ in range(8 + int(draw() * 16)))
+    raise ValueError(f"unknown damage {kind!r}")
+
+
+def _repeat(rng: random.Random, tokens: list[str]) -> str:
+    """A stretch of the reply said two to four times, or one step said in place of all others."""
+    if rng.random() < 0.5 and len(tokens) > 8:
+        at = int(rng.random() * (len(tokens) - 8))
+        stretch = tokens[at : at + 4 + int(rng.random() * 4)]
+        times = 2 + int(rng.random() * 3)
+        return " ".join(tokens[:at] + stretch * times + tokens[at + len(stretch) :])
+    starts = [at for at, token in enumerate(tokens) if token in w.VERBS[0]]
+    if not starts:
+        return " ".join(tokens * 2)
+    at = starts[0]
+    steps = [f"{pick(rng, row)} {' '.join(tokens[at + 1 : at + 3])}" for row in w.VERBS]
+    return " ".join([*tokens[:at], *steps, ".", *tokens[-2:]])

@@ -1,0 +1,1 @@
+"""Evaluation: scores in, metrics with intervals, tables and reports out."""

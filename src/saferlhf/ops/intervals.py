@@ -1,0 +1,219 @@
+"""Confidence intervals: bootstrap over prompts, and Wilson for plain proportions.
+
+Two pairs of one prompt are not independent, so prompts (clusters) are resampled, not rows (Field and Welsh 2007,
+"Bootstrapping clustered data"): each draw takes K of the K clusters with replacement, and the interval is the
+percentile interval of the statistic over the draws (Efron and Tibshirani 1993, chapter 13).
+
+Everything that is a function of sums over rows (means, ratios, accuracies, F1, kappa, Pearson) needs only the K
+cluster sums: one draw is a row of multinomial counts, and all draws are one matrix product (draws, K) @ (K, m), done
+in blocks so that memory stays bounded. Statistics that are no function of sums (AUROC) go through
+`bootstrap_statistic`.
+
+When every cluster says the same (all right, or all wrong), the bootstrap has no spread and would claim certainty;
+`bootstrap_ratios(..., proportion=True)` then gives the Wilson interval for K independent clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from math import sqrt
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Codes = NDArray[np.int64]
+
+DRAWS = 10_000
+CONFIDENCE = 0.95
+_BLOCK_ELEMENTS = 4_000_000  # numbers held at once: 32 MB of float64
+
+
+class Interval(NamedTuple):
+    """Bounds of a confidence interval, low <= high."""
+
+    low: float
+    high: float
+
+
+# ------------------------------------------------------------------------------------------------ proportions
+def wilson(successes: float, total: float, confidence: float = CONFIDENCE) -> Interval:
+    """Wilson score interval of a proportion (Wilson 1927).
+
+    Args:
+        successes: may be fractional (ties counted one half).
+        total: number of independent trials; 0 gives (0, 1).
+        confidence: between 0 and 1.
+    """
+    if not 0 <= successes <= total:
+        raise ValueError(f"successes must lie in [0, total], got {successes} of {total}")
+    if total == 0:
+        return Interval(0.0, 1.0)
+    z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
+    share = float(successes) / float(total)
+    scale = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
+    # at the edges the exact bound is 0 or 1; rounding must not exclude it
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == total else min(1.0, centre + half)
+    return Interval(low, high)
+
+
+# ------------------------------------------------------------------------------------------------ clusters
+def cluster_codes(keys: Sequence[Hashable]) -> Codes:
+    """Numbers 0..K-1 for K distinct keys, by sorted key: the same whatever the order of the rows (n,)."""
+    position = {key: code for code, key in enumerate(sorted(set(keys), key=lambda key: (str(type(key)), str(key))))}
+    return np.fromiter((position[key] for key in keys), dtype=np.int64, count=len(keys))
+
+
+def _draw_counts(clusters: int, draws: int, seed: int):  # type: ignore[no-untyped-def]
+    """Yields blocks (block, K) of how often each cluster is taken in each draw; every row sums to K."""
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK_ELEMENTS // clusters)
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        taken = rng.integers(0, clusters, size=(size, clusters))
+        taken += np.arange(size)[:, None] * clusters
+        yield np.bincount(taken.ravel(), minlength=size * clusters).reshape(size, clusters)
+
+
+# ------------------------------------------------------------------------------------------------ bootstrap
+def resampled_sums(values: ArrayLike, clusters: Codes, *, draws: int = DRAWS, seed: int = 0) -> Floats:
+    """Sums over rows under resampling of clusters.
+
+    Args:
+        values: (n, m) one column per sum.
+        clusters: (n,) codes 0..K-1.
+        draws: number of resamples.
+        seed: of the draws; the same seed gives the same clusters to every statistic.
+
+    Returns:
+        (draws, m).
+    """
+    table = np.asarray(values, dtype=np.float64)  # (n, m)
+    if table.ndim != 2 or table.shape[0] != len(clusters):
+        raise ValueError(f"values must be (n, m) with n = {len(clusters)} clusters given, got shape {table.shape}")
+    if not len(clusters):
+        return np.zeros((draws, table.shape[1]))
+    count = int(clusters.max()) + 1
+    sums = np.stack([np.bincount(clusters, weights=column, minlength=count) for column in table.T], axis=1)  # (K, m)
+    return np.concatenate([counts @ sums for counts in _draw_counts(count, draws, seed)])
+
+
+def percentile_interval(sample: ArrayLike, confidence: float = CONFIDENCE) -> Interval | None:
+    """Percentile interval of bootstrap values (draws,); NaN draws (statistic undefined) are left out.
+
+    None when more than one draw in ten is undefined: an interval over the rest would be too narrow to mean anything.
+    """
+    values = np.asarray(sample, dtype=np.float64)
+    known = values[~np.isnan(values)]
+    if known.size == 0 or known.size < 0.9 * values.size:
+        return None
+    tail = (1 - _checked(confidence)) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def bootstrap_ratios(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    clusters: Codes,
+    *,
+    draws: int = DRAWS,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+    proportion: bool = False,
+) -> list[Interval | None]:
+    """Intervals of m ratios sum(numerator) / sum(denominator), all from the same draws.
+
+    Args:
+        numerators, denominators: (n, m). A mean over some of the rows has value and 1 there, 0 and 0 elsewhere.
+        clusters: (n,) codes from `cluster_codes`.
+        proportion: the ratios are shares in [0, 1]; where all clusters agree on 0 or on 1, Wilson over clusters.
+
+    Returns:
+        m intervals; None for fewer than two clusters with a denominator.
+    """
+    over, under = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)  # (n, m)
+    if over.shape != under.shape or over.ndim != 2:
+        raise ValueError(f"numerators and denominators must both be (n, m), got {over.shape} and {under.shape}")
+    columns = over.shape[1]
+    sums = resampled_sums(np.concatenate([over, under], axis=1), clusters, draws=draws, seed=seed)  # (draws, 2m)
+    intervals: list[Interval | None] = []
+    for column in range(columns):
+        present = len(np.unique(clusters[under[:, column] != 0]))
+        if present < 2:
+            intervals.append(None)
+            continue
+        whole = under[:, column].sum()
+        share = over[:, column].sum() / whole if whole else np.nan
+        if proportion and share in (0.0, 1.0):
+            intervals.append(wilson(share * present, present, confidence))
+            continue
+        bottom = sums[:, columns + column]
+        ratio = np.divide(sums[:, column], bottom, out=np.full(draws, np.nan), where=bottom != 0)
+        intervals.append(percentile_interval(ratio, confidence))
+    return intervals
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    clusters: Codes | None = None,
+    *,
+    draws: int = DRAWS,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+    proportion: bool = False,
+) -> Interval | None:
+    """Interval of the mean of `values` (n,); NaN rows are left out. Without clusters each row is one."""
+    numbers = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(numbers)
+    codes = np.arange(numbers.size) if clusters is None else clusters
+    (interval,) = bootstrap_ratios(
+        np.where(known, numbers, 0.0)[:, None],
+        known[:, None],
+        codes,
+        draws=draws,
+        confidence=confidence,
+        seed=seed,
+        proportion=proportion,
+    )
+    return interval
+
+
+def bootstrap_statistic(
+    statistic: Callable[[Floats], float | None],
+    clusters: Codes,
+    *,
+    draws: int = DRAWS,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Interval | None:
+    """Interval of any statistic of row weights, for those that are no function of sums.
+
+    Args:
+        statistic: from weights (n,), row i taken weights[i] times, to its value, or None where undefined.
+        clusters: (n,) codes from `cluster_codes`.
+
+    Returns:
+        None for fewer than two clusters or a statistic that is mostly undefined.
+    """
+    if not len(clusters) or int(clusters.max()) < 1:
+        return None
+    sample = np.empty(draws)
+    position = 0
+    for counts in _draw_counts(int(clusters.max()) + 1, draws, seed):
+        for row in counts:
+            value = statistic(row[clusters].astype(np.float64))
+            sample[position] = np.nan if value is None else value
+            position += 1
+    return percentile_interval(sample, confidence)
+
+
+def _checked(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    return confidence

@@ -1,0 +1,1 @@
+"""Stages in order, each a normal run: launcher and runner."""

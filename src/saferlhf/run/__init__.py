@@ -1,0 +1,1 @@
+"""Where all parts meet: compose -> check -> locate -> build -> fit -> evaluate -> export."""

@@ -1,0 +1,130 @@
+"""What a run leaves behind: export with its model card, metrics, data report, samples, report page, tracking."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+
+from saferlhf import __version__
+from saferlhf.config.files import write_json, write_text
+from saferlhf.config.schema import TrainConfig
+from saferlhf.evaluation.report import write_report
+from saferlhf.models.card import model_card
+from saferlhf.models.export import save_export
+from saferlhf.models.locator import content_id_of, resolve
+from saferlhf.models.metadata import ExportMetadata, read_metadata
+from saferlhf.run.stages import Evaluation, PreparedRun
+from saferlhf.tracking.base import TrackingLogger
+from saferlhf.training.curves import read_curves
+
+
+def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogger) -> None:
+    """Write everything into the run folder, and copies of the small things into tracking."""
+    config, folder = prepared.config, prepared.folder
+    data_report = prepared.rows.report.to_dict()
+    lineage = _lineage(prepared)
+    metadata = ExportMetadata(
+        kind=config.task.name,
+        template=config.backbone.template,
+        max_length=config.backbone.max_length,
+        lineage=lineage,
+        extra={
+            "run": f"{config.name}/{folder.path.name}",
+            "identity": prepared.run.hash,
+            "seed": config.seed,
+            "data": config.data.name,
+            "data_fingerprint": prepared.rows.fingerprint,
+            "saferlhf": __version__,
+        },
+    )
+    card = model_card(
+        metadata,
+        name=f"{config.name}/{folder.path.name}",
+        metrics=evaluation.metrics,
+        data_report=data_report,
+        config=yaml.safe_dump(asdict(config), sort_keys=False),
+        data_licence=prepared.rows.licence,
+        protocol=f"test split of {config.data.name}, intervals {config.evaluation.confidence:.0%} by bootstrap over "
+        f"prompts ({config.evaluation.bootstrap_draws:,} draws), seed {config.seed}, data {prepared.rows.fingerprint}",
+    )
+    assert prepared.task.model is not None
+    save_export(
+        folder.export,
+        model=prepared.task.model.cpu(),
+        tokenizer=prepared.tokenizer,
+        metadata=metadata,
+        merge=config.adapter.merge_on_export,
+        card=card,
+    )
+    write_json(folder.path / "data_report.json", data_report)
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
+    write_text(folder.path / "samples.jsonl", lines)
+    write_report(
+        folder.path / "report.html",
+        title=f"{config.task.name}: {config.backbone.name} on {config.data.name}",
+        subtitle=f"run {config.name}/{folder.path.name}, seed {config.seed}",
+        metrics=evaluation.metrics,
+        config=asdict(config),
+        data_report=data_report,
+        curves=read_curves(folder.path / "curves.jsonl"),
+        histograms=evaluation.histograms,
+        lineage={
+            "run identity": prepared.run.hash,
+            "data": prepared.rows.fingerprint,
+            "starts from": _start(config),
+            "saferlhf": __version__,
+        },
+        commands=[reproduce(config)],
+        confidence=config.evaluation.confidence,
+    )
+    write_json(folder.metrics, evaluation.metrics)
+    _track(prepared, evaluation, tracker)
+    if not config.checkpoint.keep_when_finished:
+        for state in folder.checkpoints.glob("*.ckpt"):
+            state.unlink()
+
+
+def reproduce(config: TrainConfig) -> str:
+    """A command that composes this config again: the whole of it is in config.yaml."""
+    parts = [f"task={config.task.name}", f"data={config.data.name}", f"backbone={config.backbone.name}"]
+    parts += [f"adapter={config.adapter.name}"] if config.adapter.name != "none" else []
+    parts += [f"quantization={config.quantization.name}"] if config.quantization.name != "none" else []
+    parts += [f"init={config.init}"] if config.init else []
+    parts += [f"data.path={config.data.path}"] if config.data.path else []
+    return "python train.py " + " ".join([*parts, f"seed={config.seed}", f"data.seed={config.data.seed}"])
+
+
+def _lineage(prepared: PreparedRun) -> list[dict[str, Any]]:
+    """Parents, oldest first: those of the model we started from, then that model itself."""
+    config = prepared.config
+    if config.init is None:
+        return []
+    location = resolve(config.init, output_root=config.output_root)
+    parents: list[dict[str, Any]] = []
+    kind = "plain"
+    if location.kind == "export" and location.folder is not None:
+        metadata = read_metadata(location.folder)
+        parents, kind = list(metadata.lineage), metadata.kind
+    content = content_id_of(location, output_root=config.output_root, cache_dir=config.cache_dir)
+    return [*parents, {"role": kind, "locator": config.init, "content_id": content}]
+
+
+def _start(config: TrainConfig) -> str:
+    return config.init or config.backbone.model or "random weights"
+
+
+def _track(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogger) -> None:
+    folder = prepared.folder
+    tracker.log_metrics(evaluation.metrics, step=prepared.steps)
+    for name in ("config.yaml", "metrics.json", "data_report.json", "report.html"):
+        tracker.log_artifact(folder.path / name)
+    tracker.log_artifact(folder.export / "README.md", "model_card")
+    tracker.set_tags({"export_folder": str(folder.export.resolve()), "run_folder": str(folder.path.resolve())})
+    tracker.register_model(folder.export)
+    tracker.flush()
+
+

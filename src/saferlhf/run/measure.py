@@ -1,0 +1,71 @@
+"""Final measurements of a run, by task: on the validation and the test rows, and against ground truth where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from saferlhf.data.rows import PreferencePair
+from saferlhf.evaluation.plots import score_histograms
+from saferlhf.evaluation.preference import evaluate_preference
+from saferlhf.evaluation.score import score_rows
+from saferlhf.evaluation.truth import evaluate_against_truth, evaluate_damaged
+from saferlhf.run.stages import Evaluation, PreparedRun
+
+DAMAGED_ROWS = 1000
+
+
+def measure(prepared: PreparedRun) -> Evaluation:
+    """Final metrics of the run's task."""
+    model = prepared.task.model
+    assert model is not None
+    model.to(_device(prepared.config.trainer.accelerator))
+    if prepared.config.task.name == "sft":
+        from saferlhf.run.measure_sft import measure_sft
+
+        return measure_sft(prepared)
+    return _measure_scores(prepared, model)
+
+
+def _measure_scores(prepared: PreparedRun, model: torch.nn.Module) -> Evaluation:
+    config = prepared.config
+    kind = config.task.name
+    preference = getattr(config.task, "preference", "safer")
+    autocast = config.trainer.precision != "32-true"
+    common: dict[str, Any] = {"confidence": config.evaluation.confidence, "seed": config.seed}
+    metrics: dict[str, float] = {}
+    histograms: list[Any] = []
+    samples: list[dict[str, Any]] = []
+    for split, data in (("val", prepared.encoded.val), ("test", prepared.encoded.test)):
+        if not len(data):
+            continue
+        scores = score_rows(model, data, batch_size=config.trainer.eval_batch_size, autocast=autocast)  # type: ignore[arg-type]
+        rows: list[PreferencePair] = list(data.rows)  # type: ignore[arg-type]
+        draws = config.evaluation.bootstrap_draws
+        options = {**common, "kind": kind, "preference": preference, "prefix": split, "draws": draws}
+        metrics |= evaluate_preference(rows, scores, **options)
+        if split == "test":
+            histograms = score_histograms(rows, scores, kind=kind, preference=preference)
+            samples = [{"row_id": r.id, "scores": [float(x) for x in s]} for r, s in zip(rows, scores, strict=True)]
+            if config.data.source == "toyworld":
+                metrics |= evaluate_against_truth(rows, scores, **options)
+    if config.data.source == "toyworld":
+        metrics |= _measure_damaged(prepared, model, kind, preference)
+    return Evaluation(metrics, histograms, samples)
+
+
+def _measure_damaged(prepared: PreparedRun, model: torch.nn.Module, kind: Any, preference: str) -> dict[str, float]:
+    """Does the score see through repetition, padding, wrong topics? A policy will try them all."""
+    from saferlhf.data.toyworld import damaged_replies
+
+    config = prepared.config
+    damaged = damaged_replies(DAMAGED_ROWS, "test", config.data.seed)
+    answers = prepared.encoded.encoder.answers([answer for _, answer in damaged], "test")
+    scores = score_rows(model, answers, batch_size=config.trainer.eval_batch_size)
+    return evaluate_damaged(damaged, scores, kind=kind, preference=preference)
+
+
+def _device(accelerator: str) -> torch.device:
+    use_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_gpu else "cpu")

@@ -1,0 +1,103 @@
+"""Final measurements of a supervised policy: likelihood of held-out responses, and what it writes itself.
+
+On the toy world the sampled responses are judged by ground truth, so that later policies have a base line. Elsewhere
+they go to `samples.jsonl` unread: nobody here can say how good they are, and they may be harmful, so none is printed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from saferlhf.data.loader import EvalLoader
+from saferlhf.data.rows import prompt_text
+from saferlhf.data.templates import end_id, pad_id
+from saferlhf.evaluation.policy import evaluate_policy_against_truth
+from saferlhf.evaluation.sheet import MetricSheet
+from saferlhf.rollout.sampling import sample_responses
+from saferlhf.run.stages import Evaluation, PreparedRun
+from saferlhf.tasks.scoring import gather
+
+SAMPLES = {"toyworld": 400, "file": 16}
+"""Responses sampled at the end, by source of the rows."""
+
+
+def measure_sft(prepared: PreparedRun) -> Evaluation:
+    """Likelihood on validation and test rows, and samples."""
+    metrics: dict[str, float] = {}
+    for split, data in (("val", prepared.encoded.val), ("test", prepared.encoded.test)):
+        if len(data):
+            metrics |= _likelihood(prepared, split, data)
+    samples, more = _samples(prepared)
+    return Evaluation(metrics | more, [], samples)
+
+
+def _likelihood(prepared: PreparedRun, split: str, data: Any) -> dict[str, float]:
+    import torch
+
+    config, task = prepared.config, prepared.task
+    assert task.model is not None
+    device = next(task.model.parameters()).device
+    task.model.eval()
+    outputs, order = [], []
+    with torch.inference_mode():
+        for item in EvalLoader(data, batch_size=config.trainer.eval_batch_size):
+            outputs.append(task.outputs(item.batch.to(device)))
+            order.append(item.indices)
+    task.model.train()
+    place = np.argsort(np.concatenate(order))
+    nll, tokens = gather(outputs, "nll_sum")[place].astype(np.float64), gather(outputs, "tokens")[place]
+    prompts = [prompt_text(row.prompt) for row in data.rows]
+    sheet = MetricSheet(
+        f"{split}/sft",
+        prompts,
+        draws=config.evaluation.bootstrap_draws,
+        confidence=config.evaluation.confidence,
+        seed=config.seed,
+    )
+    sheet.statistic("nll", lambda weights: float((weights * nll).sum() / max((weights * tokens).sum(), 1.0)), len(nll))
+    result = sheet.metrics()
+    for ending in ("", "_low", "_high"):
+        if f"{split}/sft/nll{ending}" in result:
+            result[f"{split}/sft/perplexity{ending}"] = math.exp(min(result[f"{split}/sft/nll{ending}"], 50.0))
+    result[f"{split}/sft/tokens"] = float(tokens.sum())
+    return result
+
+
+def _samples(prepared: PreparedRun) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    config, tokenizer = prepared.config, prepared.tokenizer
+    rows = list(prepared.encoded.test.rows)[: SAMPLES[config.data.source]]
+    if not rows:
+        return [], {}
+    encoder = prepared.encoded.encoder
+    prompts = encoder.template.prompts_ids([row.prompt for row in rows], tokenizer)
+    room = config.backbone.max_length // 2
+    assert prepared.task.model is not None
+    sampled = sample_responses(
+        prepared.task.model,
+        [prompt[-room:] for prompt in prompts],
+        [row.id for row in rows],
+        eos_token_id=end_id(tokenizer),
+        pad_token_id=pad_id(tokenizer),
+        max_new_tokens=min(room, 128),
+        seed=config.seed,
+        batch_size=config.trainer.eval_batch_size,
+    )
+    texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in sampled]
+    samples = [
+        {"row_id": row.id, "prompt": [list(turn) for turn in row.prompt], "response": text, "truncated": s.truncated}
+        for row, text, s in zip(rows, texts, sampled, strict=True)
+    ]
+    if config.data.source != "toyworld":
+        return samples, {}
+    metrics = evaluate_policy_against_truth(
+        [row.prompt for row in rows],
+        texts,
+        truncated=[s.truncated for s in sampled],
+        draws=config.evaluation.bootstrap_draws,
+        confidence=config.evaluation.confidence,
+        seed=config.seed,
+    )
+    return samples, metrics

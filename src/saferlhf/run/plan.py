@@ -1,0 +1,54 @@
+"""The one-screen plan: what will be trained, on what, for how long, in how much memory, and where the results go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saferlhf.config.schema import TrainConfig
+from saferlhf.run.rows import EncodedSplits
+from saferlhf.run.trainer import micro_batch_size, validation_interval
+from saferlhf.tasks.base import SupervisedTask
+
+GIB = 2**30
+
+
+def plan_rows(
+    config: TrainConfig, encoded: EncodedSplits, task: SupervisedTask, steps: int, folder: Path
+) -> list[tuple[str, str]]:
+    """Lines of the plan; builds the model, since only the real one tells its size."""
+    task.configure_model()
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    frozen = sum(_elements(p) for p in task.parameters() if not p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in task.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
+    states = 2 * gradients if config.optimizer.name == "adamw" else 2 * trained
+    lengths = np.asarray(encoded.train.lengths)
+    longest = int(lengths.max())
+    start = config.init or ("random weights" if config.backbone.architecture else str(config.backbone.model))
+    rows = f"{len(encoded.train):,} train, {len(encoded.val):,} validation, {len(encoded.test):,} test"
+    trainer = config.trainer
+    device = trainer.accelerator if trainer.accelerator != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
+    return [
+        ("task", f"{config.task.name} with {config.backbone.name}, {config.adapter.name} adapter, from {start}"),
+        ("data", f"{config.data.name}: {rows}; {lengths.mean():.0f} tokens on average, {longest} at most"),
+        ("parameters", f"{trained:,} trained, {frozen:,} frozen"),
+        ("steps", f"{steps:,} of {trainer.batch_size} rows ({steps * trainer.batch_size / len(encoded.train):.2f} epochs)"),
+        ("", f"in micro-batches of {micro_batch_size(config)}; validation every {validation_interval(config, steps)}"),
+        ("learning rate", f"{config.optimizer.lr:g}, {config.schedule.name}, {config.optimizer.name}"),
+        ("device", f"{trainer.devices} x {device}, {trainer.precision}, {torch.get_num_threads()} CPU threads"),
+        (
+            "memory",
+            f"weights {weights / GIB:.3f} GiB, gradients {gradients / GIB:.3f} GiB, optimizer {states / GIB:.3f} GiB; "
+            "activations come on top",
+        ),
+        ("results", str(folder)),
+    ]
+
+
+def _elements(parameter: torch.nn.Parameter) -> int:
+    """Weights in a parameter; a packed 4-bit one holds two per byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return int(np.prod(packed.shape)) if packed is not None else parameter.numel()

@@ -1,0 +1,93 @@
+"""What a person reads: one line per event on the error stream, plans and results on the output stream."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from saferlhf.config.files import read_json
+from saferlhf.config.run_folder import RunFolder
+from saferlhf.training.display import duration
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns: what, and how much."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(width=_width()).print(table)
+
+
+def say_finished(folder: RunFolder, metrics: Mapping[str, float]) -> None:
+    """The run was finished before: its numbers, and where it is."""
+    say(f"finished before: {folder.path} (resume=never for a fresh run)")
+    _print_metrics(metrics)
+    _print_places(folder, None)
+
+
+def say_result(folder: RunFolder, metrics: Mapping[str, float], ui: str | None) -> None:
+    """The numbers of a run that just ended, and how to look at it."""
+    _print_metrics(metrics)
+    _print_places(folder, ui)
+
+
+def metrics_overview(folders: Mapping[str, Path], seconds: float) -> str:
+    """Headline metrics of several runs in one table, with where each is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from saferlhf.evaluation.table import format_interval, format_value, headline_lines
+
+    table = Table(title=f"{len(folders)} stages, {duration(seconds)}", title_justify="left")
+    for column in ("stage", "metric"):
+        table.add_column(column, no_wrap=column == "stage")
+    for column in ("value", "95% interval", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage, folder in folders.items():
+        lines = headline_lines(read_json(folder / "metrics.json") or {})
+        for number, line in enumerate(lines):
+            count = "" if line.n is None else f"{line.n:,}"
+            name = line.name.removeprefix("test/")
+            last = number == len(lines) - 1
+            table.add_row(
+                "" if number else stage, name, format_value(line), format_interval(line), count, end_section=last
+            )
+    console = Console(width=_width())
+    with console.capture() as capture:
+        console.print(table)
+    places = "\n".join(f"{stage}: {folder}" for stage, folder in folders.items())
+    return f"{capture.get()}{places}"
+
+
+def _print_metrics(metrics: Mapping[str, float]) -> None:
+    from rich.console import Console
+
+    from saferlhf.evaluation.table import metrics_table
+
+    test = {name: value for name, value in metrics.items() if name.startswith("test/")}
+    if test:
+        Console(width=_width()).print(metrics_table(test))
+
+
+def _print_places(folder: RunFolder, ui: str | None) -> None:
+    print(f"model:   {folder.export}")
+    print(f"report:  {folder.path / 'report.html'}")
+    print(f"metrics: {folder.metrics}")
+    if ui:
+        print(f"compare: {ui}")
+
+
+def _width() -> int | None:
+    """Wide enough for the tables where the output is a file."""
+    return None if sys.stdout.isatty() else 120

@@ -1,0 +1,192 @@
+"""The heavy parts of a run: everything that needs torch, Lightning and the models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import get_class
+
+from saferlhf.config.run_folder import RunFolder
+from saferlhf.config.schema import TrainConfig
+from saferlhf.data.build import Splits
+from saferlhf.data.loader import EvalLoader, StepLoader
+from saferlhf.errors import UserError
+from saferlhf.models.tokenizer import load_tokenizer
+from saferlhf.run.plan import plan_rows
+from saferlhf.run.prepare import LocatedRun
+from saferlhf.run.rows import EncodedSplits, encode_splits, load_splits
+from saferlhf.run.screen import say, show_table
+from saferlhf.run.trainer import build_trainer, micro_batch_size, total_steps
+from saferlhf.tasks.base import SupervisedTask, TaskInputs
+from saferlhf.tracking.base import SplitInfo, TrackingLogger
+from saferlhf.tracking.mlflow_logger import build_logger
+from saferlhf.tracking.store import ui_command
+from saferlhf.training.checkpoint import AtomicCheckpointIO, RandomState, RunCheckpoint, newest_checkpoint
+from saferlhf.training.curves import CurveLogger
+from saferlhf.training.progress import RunProgress
+from saferlhf.training.stop import GracefulStop
+
+
+@dataclass
+class PreparedRun:
+    """A run with its rows, tokenizer and task, before anything is trained."""
+
+    run: LocatedRun
+    rows: Splits
+    tokenizer: Any
+    encoded: EncodedSplits
+    steps: int
+
+    @property
+    def config(self) -> TrainConfig:
+        """The checked config."""
+        return self.run.config
+
+    @property
+    def folder(self) -> RunFolder:
+        """Of the run."""
+        return self.run.folder
+
+    @cached_property
+    def task(self) -> SupervisedTask:
+        """The LightningModule, without weights until `configure_model`."""
+        kind = get_class(self.config.task._target_)
+        inputs = TaskInputs(self.tokenizer, self.steps, Path(self.config.output_root))
+        return kind(self.config, inputs)
+
+    def show_plan(self) -> None:
+        """One screen: what will be done, with how much, and where the results go."""
+        print(self.rows.report.table())
+        show_table("plan", plan_rows(self.config, self.encoded, self.task, self.steps, self.folder.path))
+
+    def ui_command(self) -> str | None:
+        """How to look at the tracked runs."""
+        if self.config.tracking.name == "none":
+            return None
+        return ui_command(self.config.tracking, Path(self.config.output_root))
+
+    def start_tracking(self) -> TrackingLogger:
+        """Begin the tracked run, or continue the one this folder began before."""
+        config, folder = self.config, self.folder
+        name = f"{config.name}/{folder.path.name}"
+        tracker = build_logger(
+            config.tracking,
+            output_root=Path(config.output_root),
+            run_folder=folder.path,
+            run_name=config.tracking.run_name or name,
+            identity=self.run.hash,
+            tags={"task": config.task.name, "data": config.data.name, "backbone": config.backbone.name},
+            resume_run_id=folder.status().get("mlflow_run_id"),
+        )
+        folder.update_status(mlflow_run_id=tracker.run_id)
+        tracker.log_hyperparams(asdict(config))
+        source = config.data.path or config.data.source
+        parts = {"train": self.encoded.train, "val": self.encoded.val, "test": self.encoded.test}
+        tracker.log_datasets(
+            [SplitInfo(s, config.data.name, self.rows.fingerprint, len(p), source) for s, p in parts.items() if len(p)]
+        )
+        return tracker
+
+
+def prepare(run: LocatedRun) -> PreparedRun:
+    """Load and check rows, load the tokenizer, encode."""
+    config = run.config
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    rows = load_splits(config)
+    tokenizer = load_tokenizer(
+        config.backbone,
+        vocabulary=_vocabulary(config),
+        cache_dir=config.cache_dir,
+        init=config.init,
+        output_root=config.output_root,
+    )
+    encoded = encode_splits(config, rows, tokenizer)
+    if not len(encoded.train):
+        raise UserError("no row is left to train on", "data", "see the table of dropped rows; change data.policy")
+    return PreparedRun(run, rows, tokenizer, encoded, total_steps(config, len(encoded.train)))
+
+
+def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
+    """Train from the newest checkpoint, or from the start, to the last step.
+
+    Raises:
+        Interrupted: an end was asked for; the state is saved.
+        TrainingDiverged: the loss or the gradient is not finite.
+    """
+    from saferlhf.run.train import Interrupted
+
+    config, folder = prepared.config, prepared.folder
+    L.seed_everything(config.seed, verbose=False)
+    stop = GracefulStop()
+    saver = RunCheckpoint(folder, config.checkpoint, stop)
+    title = f"{config.task.name} ({config.backbone.name} on {config.data.name})"
+    trainer = build_trainer(
+        config,
+        folder=folder,
+        steps=prepared.steps,
+        callbacks=[RandomState(), saver, RunProgress(folder, title, prepared.steps, config.trainer.progress)],
+        loggers=[CurveLogger(folder.path / "curves.jsonl"), tracker],
+        plugins=[AtomicCheckpointIO()],
+    )
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    train_loader = StepLoader(
+        prepared.encoded.train,
+        batch_size=config.trainer.batch_size,
+        micro_batch_size=micro_batch_size(config),
+        total_steps=prepared.steps,
+        seed=config.seed,
+    )
+    val_loader = EvalLoader(prepared.encoded.val, batch_size=config.trainer.eval_batch_size)
+    with stop:
+        trainer.fit(
+            prepared.task,
+            train_dataloaders=train_loader,
+            val_dataloaders=val_loader if len(prepared.encoded.val) else None,
+            ckpt_path=checkpoint,
+            weights_only=True,
+        )
+        if stop.requested:
+            saver.save(trainer)
+            raise Interrupted(f"stopped by {stop.requested} at step {trainer.global_step} of {prepared.steps}")
+        # evaluation and export can be repeated from here; removed once the run is finished
+        saver.save(trainer)
+
+
+@dataclass
+class Evaluation:
+    """Final numbers, and what the report shows beside them."""
+
+    metrics: dict[str, float]
+    histograms: list[Any]
+    samples: list[dict[str, Any]]
+
+
+def evaluate_run(prepared: PreparedRun) -> Evaluation:
+    """Final metrics on validation and test rows."""
+    from saferlhf.run.measure import measure
+
+    return measure(prepared)
+
+
+def export_run(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogger) -> None:
+    """Export, metrics, report, card; everything into tracking too."""
+    from saferlhf.run.finish import finish
+
+    finish(prepared, evaluation, tracker)
+
+
+def _vocabulary(config: TrainConfig) -> tuple[str, ...]:
+    """The toy world's words, where the tokenizer is made of them."""
+    if config.backbone.tokenizer != "toyworld":
+        return ()
+    from saferlhf.data.toyworld import vocabulary
+
+    return vocabulary()

@@ -1,0 +1,72 @@
+"""The Lightning trainer of a run, and what it is given.
+
+The training stream is one long epoch of optimizer steps for Lightning: where a pass over the rows ends is the stream's
+own business (`data/loader.py`). That leaves a single cursor to resume, in the middle of an epoch or at its boundary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from typing import Any
+
+import lightning as L
+
+from saferlhf.config.run_folder import RunFolder
+from saferlhf.config.schema import TrainConfig
+
+
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of the run: `epochs` passes over the rows, rounded up, `max_steps` at most."""
+    steps = max(1, math.ceil(config.trainer.epochs * rows / config.trainer.batch_size))
+    return min(steps, config.trainer.max_steps) if config.trainer.max_steps else steps
+
+
+def micro_batch_size(config: TrainConfig) -> int:
+    """Rows per forward pass and process."""
+    share = max(1, config.trainer.batch_size // config.trainer.devices)
+    return min(config.trainer.micro_batch_size or share, share)
+
+
+def validation_interval(config: TrainConfig, steps: int) -> int:
+    """Steps between validations: as configured, or four times per run."""
+    return min(steps, config.trainer.val_every_steps or max(1, math.ceil(steps / 4)))
+
+
+def build_trainer(
+    config: TrainConfig,
+    *,
+    folder: RunFolder,
+    steps: int,
+    callbacks: list[L.Callback],
+    loggers: list[Any],
+    plugins: list[Any],
+) -> L.Trainer:
+    """A trainer that does what the config says and nothing by itself."""
+    _quiet()
+    return L.Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        precision=config.trainer.precision,  # type: ignore[arg-type]
+        max_epochs=1,
+        val_check_interval=validation_interval(config, steps),
+        num_sanity_val_steps=0,
+        logger=loggers,
+        log_every_n_steps=1,  # the task decides itself when to log
+        callbacks=callbacks,
+        plugins=plugins,
+        default_root_dir=folder.path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _quiet() -> None:
+    """Lightning's hints about devices and workers tell a user nothing here."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")

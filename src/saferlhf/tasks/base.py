@@ -1,0 +1,212 @@
+"""What all supervised tasks share: one optimizer step over its micro-batches.
+
+Let a step hold the micro-batches m = 1..M with loss sums S_m over rows (or tokens) and counts n_m. The loss is
+
+    L = sum_m S_m / sum_m n_m
+
+taken over all micro-batches and processes, so neither micro-batch size, padding nor the number of processes changes it
+(trap 6 of docs/architecture.md). Each micro-batch is backpropagated at once, scaled by the count of the whole step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from saferlhf.config.schema import TrainConfig
+from saferlhf.data.batches import PairBatch, TokenBatch
+from saferlhf.data.loader import EvalBatch, StepBatch
+from saferlhf.errors import TrainingDiverged
+from saferlhf.models.adapters import add_lora
+from saferlhf.models.backbone import load_backbone
+from saferlhf.tasks.optimization import build_optimizer, build_schedule
+
+Batch = TokenBatch | PairBatch
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """What a task needs beside its config.
+
+    Attributes:
+        tokenizer: of the backbone.
+        total_steps: optimizer steps of the whole run; the schedule's length.
+        output_root: where run folders lie, to resolve `init`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    total_steps: int
+    output_root: Path
+
+
+class SupervisedTask(L.LightningModule, ABC):
+    """A LightningModule whose batch holds micro-batches: everything one optimizer step sees."""
+
+    lm_head = False
+    """Whether the backbone keeps its language-model head."""
+
+    def __init__(self, config: TrainConfig, inputs: TaskInputs) -> None:
+        super().__init__()
+        # several backward passes per step, one step per batch: Lightning counts our steps exactly
+        self.automatic_optimization = False
+        # a frozen base is not in the checkpoint; `on_load_checkpoint` checks that all trained weights are
+        self.strict_loading = False
+        self.config, self.inputs = config, inputs
+        self.model: nn.Module | None = None
+        self._running: dict[str, float] = {}
+        self._outputs: list[dict[str, Any]] = []
+
+    # -------------------------------------------------------------------------------------------- to be filled in
+    @abstractmethod
+    def build_model(self, trunk: nn.Module) -> nn.Module:
+        """Wrap the backbone into the task's model."""
+
+    @abstractmethod
+    def loss_sum(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over the batch, and statistics to log, summed over the batch too."""
+
+    @abstractmethod
+    def count(self, batch: Any) -> int:
+        """What the loss is divided by: rows or tokens."""
+
+    @abstractmethod
+    def outputs(self, batch: Any) -> dict[str, Any]:
+        """Scores of a batch for evaluation: `row_ids` and one tensor per score, on the CPU."""
+
+    @abstractmethod
+    def validation_metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Metrics over a whole pass, without the `val/` prefix."""
+
+    # -------------------------------------------------------------------------------------------- model
+    def configure_model(self) -> None:
+        """Build the model once; Lightning calls this for every stage."""
+        if self.model is not None:
+            return
+        config, tokenizer = self.config, self.inputs.tokenizer
+        trunk = load_backbone(
+            config.backbone,
+            quantization=config.quantization,
+            init=config.init,
+            lm_head=self.lm_head,
+            vocabulary_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            seed=config.seed,
+            cache_dir=config.cache_dir,
+            output_root=self.inputs.output_root,
+        )
+        if config.adapter.name == "lora":
+            trunk = add_lora(trunk, config.adapter, seed=config.seed)
+        self.model = self.build_model(trunk)
+        # Hugging Face models arrive in eval mode and Lightning keeps it (trap 18)
+        self.model.train()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW or a relative over the trainable parameters, and its schedule."""
+        assert self.model is not None
+        optimizer = build_optimizer(self.model.parameters(), self.config.optimizer)
+        schedule = build_schedule(optimizer, self.inputs.total_steps, self.config.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
+
+    # -------------------------------------------------------------------------------------------- one step
+    def training_step(self, batch: StepBatch[Any], batch_idx: int) -> None:
+        """One optimizer step."""
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        total = self._global_sum(sum(self.count(micro) for micro in batch))
+        optimizer.zero_grad()
+        stats: dict[str, float] = {}
+        for micro in batch:
+            loss, more = self.loss_sum(micro)
+            if not torch.isfinite(loss):
+                raise self._diverged(float(loss), micro)
+            # gradients are averaged over processes, so each gives its sum times their number
+            self.manual_backward(loss * (self.trainer.world_size / total))
+            for name, value in {"loss": loss, **more}.items():
+                stats[name] = stats.get(name, 0.0) + float(value.detach()) / total
+        stats["grad_norm"] = self._clip()
+        stats["lr"] = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        schedule.step()
+        self._log_step(stats)
+
+    def _clip(self) -> float:
+        assert self.model is not None
+        limit = self.config.trainer.gradient_clip
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf"))
+        if not torch.isfinite(norm):
+            raise TrainingDiverged(
+                f"the gradient became {float(norm)} at step {self.global_step}",
+                "training",
+                "lower optimizer.lr, or look at the rows of this step",
+            )
+        return float(norm)
+
+    def _diverged(self, value: float, batch: Batch) -> TrainingDiverged:
+        tokens = batch.tokens if isinstance(batch, PairBatch) else batch
+        ids = list(dict.fromkeys(tokens.row_ids))
+        return TrainingDiverged(
+            f"the loss became {value} at step {self.global_step}",
+            "rows " + ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else ""),
+            "lower optimizer.lr, or look at these rows; the last checkpoint holds the state before",
+        )
+
+    def _global_sum(self, value: int) -> int:
+        if self.trainer.world_size == 1:
+            return value
+        total = torch.tensor(value, device=self.device)
+        return int(self.trainer.strategy.reduce(total, reduce_op="sum"))
+
+    def _log_step(self, stats: dict[str, float]) -> None:
+        """Means over the steps since the last log; the learning rate is the current one."""
+        for name, value in stats.items():
+            self._running[name] = value if name == "lr" else self._running.get(name, 0.0) + value
+        every = self.config.trainer.log_every_steps
+        if self.global_step % every == 0 or self.global_step == self.inputs.total_steps:
+            steps = self.global_step % every or every
+            values = {f"train/{k}": v if k == "lr" else v / steps for k, v in self._running.items()}
+            self._running = {}
+            for logger in self.loggers:
+                logger.log_metrics(values, step=self.global_step)
+        self.last_stats = stats
+
+    # -------------------------------------------------------------------------------------------- evaluation
+    def validation_step(self, batch: EvalBatch[Any], batch_idx: int) -> None:
+        """Collect scores; metrics come from all of them at once."""
+        self._outputs.append(self.outputs(batch.batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Metrics over the whole validation split."""
+        metrics = {f"val/{name}": value for name, value in self.validation_metrics(self._outputs).items()}
+        self._outputs = []
+        self.last_validation = metrics
+        if not self.trainer.sanity_checking:
+            for logger in self.loggers:
+                logger.log_metrics(metrics, step=self.global_step)
+
+    # -------------------------------------------------------------------------------------------- checkpoint
+    def trained_names(self) -> set[str]:
+        """Keys of the state dict that training changes: trainable parameters and floating buffers of the heads."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trained weights only: a frozen base is found again by its name."""
+        trained = self.trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["running_stats"] = dict(self._running)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint in which a trained weight is missing."""
+        missing = self.trained_names() - set(checkpoint["state_dict"])
+        if missing:
+            raise RuntimeError(f"the checkpoint lacks {len(missing)} trained weights, such as {sorted(missing)[0]}")
+        self._running = dict(checkpoint.get("running_stats", {}))
