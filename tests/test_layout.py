@@ -80,8 +80,8 @@ def test_no_big_file() -> None:
 def uncommented_keys(text: str, title: str = "", diff: bool = False) -> list[str]:
     """Keys of a YAML text that have no comment line right above them.
 
-    None is needed by `defaults`, by Hydra's own keys, by `name: <title>`, which the file's heading explains, and in a diff
-    by keys that only lead to others.
+    None is needed by `defaults`, by Hydra's own keys, by `name: <title>`, which the file's heading explains, and in a
+    diff by keys that only lead to others.
     """
     missing, above, hydra = [], "", False
     for number, line in enumerate(text.splitlines(), 1):

@@ -88,6 +88,8 @@ def _handed_on(arguments: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ errors
 def _main(command: str, body: Callable[[DictConfig], Any]) -> None:
     prepare_environment()
+    # threads that wait must not spin: on a busy machine spinning made steps of a small model 10 times slower (docs/log.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # without this Hydra prints errors its own way and exits with 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # dependencies' notes to their own developers

@@ -54,7 +54,7 @@ def word_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Any:
-    """Byte-level BPE with merges, pad = eos, and a start token set in front of plain text: the habits that trip code up."""
+    """Byte-level BPE with merges, pad = eos, a start token set in front of plain text: the habits that trip code up."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -20,6 +20,12 @@ from saferlhf.errors import UserError
 
 Pair = Callable[..., PreferencePair]
 
+BOTH_UNSAFE: dict[str, Any] = {
+    "is_response_0_safe": False,
+    "response_0_severity_level": 3,
+    "response_0_harm_category": frozenset({"Drugs"}),
+}
+
 
 def checker(**policy: str) -> RowChecker:
     return RowChecker(DataPolicyConfig(**policy), DataReport("mine"), {})
@@ -67,12 +73,10 @@ def test_identical(make_pair: Pair) -> None:
         ({"response_1_severity_level": None, "response_1_harm_category": None}, None),
         ({"is_response_0_safe": None, "response_0_severity_level": 1, "safer_response_id": 1}, None),
         # both unsafe: either may be the safer one
-        (
-            {"is_response_0_safe": False, "response_0_severity_level": 3, "response_0_harm_category": frozenset({"x"}), "safer_response_id": 0},
-            None,
-        ),
+        (BOTH_UNSAFE | {"safer_response_id": 0}, None),
+        (BOTH_UNSAFE | {"safer_response_id": 1}, None),
     ],
-)  # fmt: skip
+)
 def test_contradictory_faults(make_pair: Pair, labels: dict[str, Any], fault: str | None) -> None:
     row = make_pair(**labels)
     assert contradictory_fault(row) == fault
@@ -167,7 +171,7 @@ def test_rows_without_a_needed_label_are_dropped_and_counted(make_pair: Pair) ->
 def test_nothing_left_says_what_was_dropped(tmp_path: Path, file_config: Callable[..., DataConfig]) -> None:
     rows = [{"prompt": f"q{i}", "chosen": "same", "rejected": "same"} for i in range(9)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="no rows left to train on.*9 identical"):
+    with pytest.raises(UserError, match=r"no rows left to train on.*9 identical"):
         build_data(file_config(tmp_path / "a.jsonl"), PreferencePair)
 
 
@@ -230,8 +234,8 @@ def test_swap_turns_every_label_and_swapping_twice_is_nothing(make_pair: Pair) -
 def test_sides_are_shuffled_by_seed_and_row_alone(make_pair: Pair) -> None:
     rows: list[Row] = [make_pair(f"question {i}", better_response_id=0) for i in range(2000)]
     shuffled = shuffle_sides(rows, seed=0)
-    first = [row.better_response_id for row in shuffled if isinstance(row, PreferencePair)]
-    assert sum(first) / len(first) == pytest.approx(0.5, abs=0.04)
+    second = [row.better_response_id == 1 for row in shuffled if isinstance(row, PreferencePair)]
+    assert sum(second) / len(second) == pytest.approx(0.5, abs=0.04)
     assert shuffle_sides(rows[::-1], seed=0) == shuffled[::-1]
     assert shuffle_sides(rows, seed=1) != shuffled
 
@@ -244,7 +248,7 @@ def test_position_bias_is_measured_before_the_sides_are_shuffled(
     data = build_data(file_config(tmp_path / "a.jsonl"), PreferencePair)
     assert data.report.position["train"] == {"better_is_second": 0.0, "single_is_second": 0.0}
     assert data.report.lengths["train"]["better_is_longer_share"] == 1.0
-    second = [row.better_response_id for row in data.train if isinstance(row, PreferencePair)]
+    second = [row.better_response_id == 1 for row in data.train]
     assert 0.4 < sum(second) / len(second) < 0.6
     as_they_are = build_data(file_config(tmp_path / "a.jsonl", shuffle_sides=False), PreferencePair)
-    assert {row.better_response_id for row in as_they_are.train if isinstance(row, PreferencePair)} == {0}
+    assert {row.better_response_id for row in as_they_are.train} == {0}

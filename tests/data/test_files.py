@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def write(path: Path) -> Path:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
         return path
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "wt", encoding="utf-8", newline="") as stream:
         if kind == "jsonl":
             stream.writelines(json.dumps(row) + "\n" for row in ROWS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,35 +125,49 @@ def test_csv_words_become_labels(tmp_path: Path, file_config: Make) -> None:
     assert (row.is_response_0_safe, row.safer_response_id, row.better_response_id) == (False, 1, None)
 
 
+def answer(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "q", "response": "a"} | changes
+
+
 @pytest.mark.parametrize(
-    ("record", "kind", "columns", "message"),
+    ("record", "columns", "message"),
     [
-        ({"question": "q", "chosen": "a", "rejected": "b"}, PreferencePair, None, "'prompt' is missing.*question.*data.columns.prompt=COLUMN"),
-        ({"prompt": "q", "good": "a"}, PreferencePair, None, "'response_0' is missing.*data.columns.chosen=COLUMN"),
-        ({"prompt": "q", "chosen": "a"}, PreferencePair, None, "'rejected' is missing"),
-        ({"prompt": "q"}, QuestionAnswer, None, "'response' is missing.*data.columns.response=COLUMN"),
-        ({"prompt": "q", "response": "a"}, QuestionAnswer, {"prompt": "promt"}, "no column 'promt'.*did you mean prompt"),
-        ({"prompt": "q", "response": "a"}, QuestionAnswer, {"promt": "prompt"}, "no canonical column 'promt'.*did you mean prompt"),
-        ({"prompt": 3, "response": "a"}, QuestionAnswer, None, "'prompt' holds a int, text"),
-        ({"prompt": "q", "response": None}, QuestionAnswer, None, "'response' holds nothing, text"),
-        ({"prompt": "q", "response": "a", "is_safe": "perhaps"}, QuestionAnswer, None, "'is_safe' holds a str, true or false"),
-        ({"prompt": "q", "response": "a", "severity_level": 4}, QuestionAnswer, None, "severity from 0 to 3"),
-        ({"prompt": "q", "response": "a", "harm_category": 1}, QuestionAnswer, None, "harm_category.*list of names"),
-        (PKU | {"better_response_id": 2}, PreferencePair, None, "'better_response_id' holds 2"),
-        ({"prompt": [{"role": "user"}], "response": "a"}, QuestionAnswer, None, "role and content"),
-        ({"prompt": [{"role": "oracle", "content": "q"}], "response": "a"}, QuestionAnswer, None, "unknown role 'oracle'"),
-        ({"prompt": [{"role": "assistant", "content": "q"}], "response": "a"}, QuestionAnswer, None, "ends with a user turn"),
+        ({"question": "q", "response": "a"}, None, r"'prompt' is missing.*question.*data\.columns\.prompt=COLUMN"),
+        ({"prompt": "q"}, None, r"'response' is missing.*data\.columns\.response=COLUMN"),
+        (answer(), {"prompt": "promt"}, r"no column 'promt'.*did you mean prompt"),
+        (answer(), {"promt": "prompt"}, r"no canonical column 'promt'.*did you mean prompt"),
+        (answer(prompt=3), None, "'prompt' holds a int, text"),
+        (answer(response=None), None, "'response' holds nothing, text"),
+        (answer(is_safe="perhaps"), None, "'is_safe' holds a str, true or false"),
+        (answer(severity_level=4), None, "severity from 0 to 3"),
+        (answer(harm_category=1), None, r"harm_category.*list of names"),
+        (answer(prompt=[{"role": "user"}]), None, "role and content"),
+        (answer(prompt=[{"role": "oracle", "content": "q"}]), None, "unknown role 'oracle'"),
+        (answer(prompt=[{"role": "assistant", "content": "q"}]), None, "ends with a user turn"),
     ],
-)  # fmt: skip
+)
 def test_wrong_rows_are_refused_with_place_and_mend(
-    tmp_path: Path, file_config: Make, record: dict[str, Any], kind: type[Row], columns: Any, message: str
+    tmp_path: Path, file_config: Make, record: dict[str, Any], columns: Any, message: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", [record])
     with pytest.raises(UserError, match=message) as caught:
-        load_source(file_config(path, columns=columns), kind, ())
+        load_source(file_config(path, columns=columns), QuestionAnswer, ())
     assert "\n" not in str(caught.value)
     if "canonical" not in message:
         assert "a.jsonl:1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "q", "good": "a"}, r"'response_0' is missing.*data\.columns\.chosen=COLUMN"),
+        ({"prompt": "q", "chosen": "a"}, "'rejected' is missing"),
+        (PKU | {"better_response_id": 2}, "'better_response_id' holds 2"),
+    ],
+)
+def test_wrong_pairs_are_refused(tmp_path: Path, file_config: Make, record: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_source(file_config(write(tmp_path / "a.jsonl", [record])), PreferencePair, ())
 
 
 def test_a_bad_value_far_below_is_named_by_its_line(tmp_path: Path, file_config: Make) -> None:
@@ -164,7 +178,7 @@ def test_a_bad_value_far_below_is_named_by_its_line(tmp_path: Path, file_config:
 
 
 def test_empty_files_and_missing_paths(tmp_path: Path, file_config: Make) -> None:
-    with pytest.raises(UserError, match="no rows.*empty"):
+    with pytest.raises(UserError, match=r"no rows.*empty"):
         build_data(file_config(write(tmp_path / "a.jsonl", [])), PreferencePair)
     with pytest.raises(UserError, match=r"data\.path="):
         build_data(DataConfig(name="mine", source="file"), PreferencePair)
@@ -189,11 +203,11 @@ def pairs(n: int, prompts: int) -> list[dict[str, Any]]:
     return [{"prompt": f"Question {i % prompts}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(n)]
 
 
-def keys(rows: list[Row]) -> set[str]:
+def keys(rows: Sequence[Row]) -> set[str]:
     return {prompt_key(row.prompt) for row in rows}
 
 
-def all_ids(data: Splits) -> list[str]:
+def all_ids(data: Splits[Any]) -> list[str]:
     return [row.id for rows in (data.train, data.val, data.test) for row in rows]
 
 
@@ -302,7 +316,7 @@ def test_real_pku_rows(data_root: Path, file_config: Make) -> None:
     # the better answer is second in 63% of the pairs, the safer in 71%: shuffling takes that away
     assert report["position"]["train"]["better_is_second"] == pytest.approx(0.63, abs=0.03)
     assert report["position"]["train"]["safer_is_second"] == pytest.approx(0.71, abs=0.03)
-    after = [row.better_response_id for row in data.train]
+    after = [row.better_response_id == 1 for row in data.train]
     assert sum(after) / len(after) == pytest.approx(0.5, abs=0.03)
     categories = {name for row in data.train for name in row.response_0_harm_category or ()}
     from saferlhf.data.rows import PKU_CATEGORIES

@@ -48,7 +48,7 @@ def test_paper_format_of_several_turns(byte_tokenizer: Any) -> None:
     [(Turn("system", "be kind"), Turn("user", "q")), (Turn("user", "q"), Turn("user", "q")), TALK[:2]],
 )
 def test_paper_format_refuses_what_it_has_no_place_for(byte_tokenizer: Any, turns: Any) -> None:
-    with pytest.raises(UserError, match="backbone.template=native"):
+    with pytest.raises(UserError, match=r"backbone\.template=native"):
         prompt_ids(get_template("paper"), turns, byte_tokenizer)
 
 
@@ -115,13 +115,11 @@ def test_the_short_way_equals_the_librarys(byte_tokenizer: Any) -> None:
     for control in (False, True):
         expected = byte_tokenizer(texts, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
         assert encode_texts(texts, byte_tokenizer, control_tokens=control) == expected
-    plain = SimpleNamespace(__call__=None)  # a tokenizer without a fast backend takes the long way
 
-    class Slow:
+    class Slow:  # a tokenizer without a fast backend takes the long way
         def __call__(self, texts: list[str], **options: Any) -> Any:
             return byte_tokenizer(texts, **options)
 
-    assert not hasattr(plain, "backend_tokenizer")
     assert encode_texts(texts, Slow()) == encode_texts(texts, byte_tokenizer)
 
 

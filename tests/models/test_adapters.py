@@ -42,11 +42,11 @@ def test_a_fresh_adapter_changes_nothing_and_trains_nothing_but_itself(family: s
 
 def test_counts_by_hand() -> None:
     trunk = backbone("llama")
-    # embedding 64 x 64; per layer q and o 64 x 64, k and v 32 x 64, three MLP maps 64 x 96, two norms; one last norm
-    weights = 64 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 2 * 64) + 64
+    # embedding 64 x 64; per layer q and o 64 x 64, k and v 32 x 64, three MLP maps 64 x 128, two norms; one last norm
+    weights = 64 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64) + 64
     assert count_parameters(trunk) == (weights, 0)
     # rank 4: r (in + out) per map
-    lora = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    lora = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert count_parameters(add_lora(trunk, lora_config())) == (lora, weights)
 
 
@@ -152,7 +152,9 @@ def test_switching_off_what_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("lora", [False, True])
 def test_trained_weights_alone_bring_a_model_back(lora: bool) -> None:
     trained = score_model(lora=lora)
-    fresh = ScoreModel(add_lora(backbone(), lora_config(), seed=5) if lora else backbone(seed=5), {"cost": 1, "moderation": 3})
+    fresh = ScoreModel(
+        add_lora(backbone(), lora_config(), seed=5) if lora else backbone(seed=5), {"cost": 1, "moderation": 3}
+    )
     state = copy.deepcopy(trainable_state_dict(trained))
     assert set(state) == set(trainable_parameters(fresh))
     load_trainable_state_dict(fresh, state)

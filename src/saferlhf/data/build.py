@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 from saferlhf.config.schema import DataConfig
 from saferlhf.data.checks import RowChecker, check_policy, shuffle_sides
@@ -23,9 +24,11 @@ from saferlhf.errors import UserError
 
 _PROBE_ROWS = 32
 
+RowT = TypeVar("RowT", bound=Row)
+
 
 @dataclass(frozen=True)
-class Splits:
+class Splits(Generic[RowT]):
     """Checked rows of one data set.
 
     Attributes:
@@ -35,15 +38,15 @@ class Splits:
         licence: licence of the rows, for the model card.
     """
 
-    train: list[Row]
-    val: list[Row]
-    test: list[Row]
+    train: list[RowT]
+    val: list[RowT]
+    test: list[RowT]
     report: DataReport
     fingerprint: str
     licence: str | None
 
 
-def build_data(cfg: DataConfig, kind: type[Row], needs: Sequence[str] = ()) -> Splits:
+def build_data(cfg: DataConfig, kind: type[RowT], needs: Sequence[str] = ()) -> Splits[RowT]:
     """Load, check, split and shuffle the rows of a data config.
 
     Args:
@@ -57,12 +60,13 @@ def build_data(cfg: DataConfig, kind: type[Row], needs: Sequence[str] = ()) -> S
     """
     check_policy(cfg.policy)
     report = DataReport(source=cfg.name, licence=cfg.licence)
-    source = load_source(cfg, kind, needs)
+    row_kind = cast(type[Row], kind)
+    source = load_source(cfg, row_kind, needs)
     report.files = source.files
     given = {split: getattr(source, split) for split in SPLITS if getattr(source, split) is not None}
     for split, rows in given.items():
         report.read[split] = len(rows)
-        _require_labels(rows, kind, needs, split, source, cfg)
+        _require_labels(rows, row_kind, needs, split, source, cfg)
         report.position[split] = position_bias(rows)
     checker = RowChecker(cfg.policy, report, source.places)
     checked = {split: checker.rows(rows, split, needs) for split, rows in given.items()}
@@ -77,12 +81,13 @@ def build_data(cfg: DataConfig, kind: type[Row], needs: Sequence[str] = ()) -> S
             report.lengths[split] = word_lengths(rows)
     if not parts["train"]:
         raise UserError("no rows left to train on", _where(cfg), _dropped(report))
+    train, val, test = (cast(list[RowT], parts[split]) for split in SPLITS)
     return Splits(
-        train=parts["train"],
-        val=parts["val"],
-        test=parts["test"],
+        train=train,
+        val=val,
+        test=test,
         report=report,
-        fingerprint=rows_fingerprint(parts["train"], parts["val"], parts["test"]),
+        fingerprint=rows_fingerprint(train, val, test),
         licence=cfg.licence,
     )
 
@@ -165,7 +170,7 @@ def data_fingerprint(cfg: DataConfig) -> str:
         return hashlib.sha256("\x00".join(["file", *parts]).encode()).hexdigest()[:16]
     from saferlhf.data import toyworld
 
-    generators: tuple[Generate, ...] = (toyworld.preference_pairs, toyworld.demonstrations)
+    generators: tuple[Generate, ...] = (toyworld.preference_pairs, toyworld.demonstrations, toyworld.question_answers)
     probes = [list(generate(_PROBE_ROWS, split=split, seed=cfg.seed)) for generate in generators for split in SPLITS]
     words = "\x00".join(toyworld.vocabulary())
     return hashlib.sha256(f"{cfg.source}\x00{words}\x00{rows_fingerprint(*probes)}".encode()).hexdigest()[:16]

@@ -141,8 +141,8 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, control_tokens: bool = Fa
     """Ids of texts, nothing added to them.
 
     Args:
-        control_tokens: True reads control tokens that a text spells (what a chat template writes); False takes them for the
-            letters they are made of (what data say).
+        control_tokens: True reads control tokens that a text spells (what a chat template writes); False takes them for
+            the letters they are made of (what data say).
     """
     if not texts:
         return []

@@ -50,9 +50,7 @@ def add_lora(model: nn.Module, cfg: AdapterConfig, *, name: str = "default", see
         fan_in_fan_out=_is_conv1d(model),
     )
     training = model.training
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft still asks transformers for an attribute that has a new name
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         try:
             if isinstance(model, PeftModel):
@@ -64,6 +62,14 @@ def add_lora(model: nn.Module, cfg: AdapterConfig, *, name: str = "default", see
                 f"LoRA fits no layer: {error}", "adapter.target_modules", "name layers of this backbone, or all-linear"
             ) from error
     return model.train(training)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """No warning about an attribute of transformers that peft still asks for by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def _is_conv1d(model: nn.Module) -> bool:

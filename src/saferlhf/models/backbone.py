@@ -22,7 +22,14 @@ from torch import nn
 from saferlhf.config.schema import BackboneConfig, QuantizationConfig
 from saferlhf.errors import UserError
 from saferlhf.models.content import cache_root
-from saferlhf.models.quantization import is_quantized, load_arguments, protect_packed_weights, torch_dtype
+from saferlhf.models.quantization import (
+    check_packed_layout,
+    is_quantized,
+    load_arguments,
+    protect_packed_weights,
+    torch_dtype,
+)
+from saferlhf.models.score_model import first_position
 from saferlhf.models.source import Source, find_source, plain
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
@@ -91,7 +98,7 @@ def load_backbone(
     if source is None:
         source = find_source(cfg, init=init, output_root=output_root, cache_dir=cache_dir, seed=seed)
     if source.kind == "scratch":
-        model = _from_scratch(cfg, quantization, lm_head, vocabulary_size, seed)
+        model = _from_scratch(cfg, quantization, lm_head, vocabulary_size, pad_token_id, seed)
     elif source.kind == "export":
         model = _from_export(cfg, quantization, source, lm_head, cache_dir, output_root, device)
     else:
@@ -104,7 +111,12 @@ def load_backbone(
 
 
 def _from_scratch(
-    cfg: BackboneConfig, quantization: QuantizationConfig, lm_head: bool, vocabulary_size: int | None, seed: int
+    cfg: BackboneConfig,
+    quantization: QuantizationConfig,
+    lm_head: bool,
+    vocabulary_size: int | None,
+    pad_token_id: int | None,
+    seed: int,
 ) -> Any:
     """Random weights, equal for equal seed, whatever was drawn before; the global stream stays where it was."""
     if is_quantized(quantization):
@@ -114,6 +126,8 @@ def _from_scratch(
             "use quantization=none, or start from trained weights with init=",
         )
     config = architecture_config(cfg, vocabulary_size)
+    if pad_token_id is not None:
+        config.pad_token_id = pad_token_id
     _refuse_encoder(config, lm_head, cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -193,6 +207,7 @@ def load_pretrained(
             "use a complete model; a trunk has no language-model head" if lm_head else "use a complete model",
         )
     protect_packed_weights(model)
+    check_packed_layout(model, name)
     return model
 
 
@@ -243,6 +258,8 @@ def _finish(
         )
     # a padding_idx row takes no gradient; where the pad token is also the end-of-sequence token, that row must learn
     embedding.padding_idx = None
+    if pad_token_id is not None:
+        check_pad_token(model, pad_token_id)
     for key, value in (("pad_token_id", pad_token_id), ("eos_token_id", eos_token_id)):
         if value is not None:
             setattr(model.config, key, value)
@@ -252,8 +269,28 @@ def _finish(
     if cfg.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError("this architecture has no gradient checkpointing", f"backbone={cfg.name}", "switch it off")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     model.train()
+
+
+def check_pad_token(model: Any, pad_token_id: int) -> None:
+    """Refuse another pad token where it would move every position: the RoBERTa family counts positions from it."""
+    first = first_position(model)
+    if first not in (0, pad_token_id + 1):
+        raise UserError(
+            f"the tokenizer pads with token {pad_token_id}, the model was built for {first - 1}, from which it counts"
+            " its positions",
+            type(model).__name__,
+            "use the tokenizer that belongs to the model",
+        )
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Recompute activations in backward; the reentrant kind would lose gradients of adapters on a frozen embedding."""
+    if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.23 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def auto_class(lm_head: bool) -> Any:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from saferlhf.config.schema import BackboneConfig, QuantizationConfig
 from saferlhf.errors import UserError
-from saferlhf.models.backbone import Provenance, backbone_dict, load_backbone, provenance_of
+from saferlhf.models.adapters import adapter_disabled, quiet_peft
+from saferlhf.models.backbone import Provenance, backbone_dict, check_pad_token, load_backbone, provenance_of
 from saferlhf.models.content import apply_umask
 from saferlhf.models.heads import ScoreHead, head_widths
 from saferlhf.models.locator import Location, content_id_of, resolve
@@ -169,8 +170,8 @@ def _write_weights(draft: Path, model: Any, tokenizer: Any, metadata: ExportMeta
         label = metadata.base.get("name") or BASE_FOLDER
         for config in model.peft_config.values():
             config.base_model_name_or_path = label if metadata.base["kind"] in ("hub", "embedded") else ""
-        with torch.no_grad():
-            model.save_pretrained(str(draft))
+        # embeddings are never trained here, and looking for resized ones would ask the hub
+        model.save_pretrained(str(draft), save_embedding_layers=False)
         (draft / "README.md").unlink(missing_ok=True)  # peft's empty card
         if metadata.base["kind"] == "embedded":
             _save_plain(_without_adapters(model), draft / BASE_FOLDER, tokenizer)
@@ -180,8 +181,6 @@ def _write_weights(draft: Path, model: Any, tokenizer: Any, metadata: ExportMeta
 
 def _without_adapters(model: Any) -> Any:
     """The frozen base as a plain model."""
-    from saferlhf.models.adapters import adapter_disabled
-
     with adapter_disabled(model):
         return merged_model(model)
 
@@ -191,6 +190,7 @@ def _save_plain(model: Any, folder: Path, tokenizer: Any) -> None:
     config = model.config
     kept = (config.use_cache, config.pad_token_id) if hasattr(config, "use_cache") else None
     name, config._name_or_path = config._name_or_path, ""
+    check_pad_token(model, tokenizer.pad_token_id)
     try:
         config.pad_token_id = tokenizer.pad_token_id
         if kept is not None:
@@ -346,7 +346,8 @@ def _adapted(
         output_root=output_root,
         device=device,
     )
-    return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    with quiet_peft():
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
 
 
 def _base_source(

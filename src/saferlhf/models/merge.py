@@ -20,7 +20,7 @@ def merged_model(model: Any, dtype: torch.dtype | None = None) -> Any:
     """A plain model of the same class with adapters (if any) merged and packed weights unpacked; `model` is untouched.
 
     Args:
-        model: a backbone, with or without adapters; the active adapters are merged.
+        model: a backbone, with or without adapters; the active adapters are merged, disabled ones are not.
         dtype: of the result; None: the model's own.
 
     Returns:
@@ -76,7 +76,7 @@ def _merged_state(base: Any) -> dict[str, Tensor]:
         layer = modules.get(owner.removesuffix(".base_layer"))
         if leaf == "weight" and owner.endswith(".base_layer") and isinstance(layer, LoraLayer):
             value = value.float()
-            for adapter in layer.active_adapters:
+            for adapter in [] if layer.disable_adapters else layer.active_adapters:
                 if adapter in layer.lora_A:
                     value = value + cast(Any, layer).get_delta_weight(adapter).float()
         state[name.replace(".base_layer.", ".")] = value

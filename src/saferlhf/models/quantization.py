@@ -5,6 +5,10 @@ place at the first forward in eval mode without a gradient: block scales are rou
 dropped, the layout changes, and a later training forward reads it as if it had not (wrong gradients, no error; layers
 whose out_features are no multiple of 32 stop with an assertion). `protect_packed_weights` switches that off, layer by
 layer; it must run after every load and before the first forward.
+
+The same release unpacks a layer wrongly on CPUs when its in_features are no multiple of the block size, 64: blocks run over
+row ends when packing, but not when unpacking (error 0.2 to 0.5 of the weights' standard deviation instead of 0.09, and no
+message). `check_packed_layout` refuses such models there.
 """
 
 from __future__ import annotations
@@ -84,6 +88,19 @@ def protect_packed_weights(model: nn.Module) -> int:
             raise RuntimeError(f"{name} was run in eval mode before protect_packed_weights; load the model again")
         layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return len(layers)
+
+
+def check_packed_layout(model: nn.Module, where: str) -> None:
+    """Refuse 4-bit layers on a CPU whose in_features are no multiple of their block size: they would compute nonsense."""
+    for name, layer in packed_layers(model).items():
+        weight: Any = layer.weight
+        if weight.device.type == "cpu" and int(weight.quant_state.shape[-1]) % int(weight.quant_state.blocksize):
+            raise UserError(
+                f"layer {name} has {weight.quant_state.shape[-1]} inputs, no multiple of {weight.quant_state.blocksize}:"
+                " bitsandbytes unpacks it wrongly on a CPU",
+                where,
+                "use quantization=none, or a GPU",
+            )
 
 
 def unpacked(weight: Tensor) -> Tensor:

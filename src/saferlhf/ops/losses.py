@@ -10,7 +10,7 @@ preferred score s_w and other score s_l:
     L_R = -log sigmoid(s_w - s_l - margin) + mu (s_w^2 + s_l^2) / 2 + centering (s_w + s_l)^2
 
 The mean over B pairs of the middle term is mu times the mean over the 2B squared scores. `centering` pulls the sum of a
-pair to zero (arXiv 2312.09244, section 5), which fixes the free constant of Bradley-Terry.
+pair to zero (arXiv 2312.09244), which fixes the free constant of Bradley-Terry.
 
 Cost (Safe RLHF, equation 6), for a pair with costs c_s of the safer and c_u of the less safe response, z = +1 for an
 unsafe response and -1 for a safe one:

@@ -149,7 +149,7 @@ def _stages(config: PipelineConfig) -> list[Stage]:
 def _stage_overrides(stage: Stage, overrides: Sequence[str], inputs: dict[str, str], pipeline: str) -> list[str]:
     named = [] if any(o.startswith("name=") for o in overrides) else [f"name={pipeline}-{stage.name}"]
     given = [f"{key}={value}" for key, value in inputs.items()]
-    return ["pipeline=null", *stage.definition.overrides, *named, *overrides, *given]
+    return [*stage.definition.overrides, *named, *overrides, *given]
 
 
 def _earlier(config: PipelineConfig, stages: list[Stage], compose: Compose, overrides: Sequence[str]) -> dict[str, Path]:

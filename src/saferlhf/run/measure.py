@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from saferlhf.config.schema import EvaluationConfig
 from saferlhf.data.rows import PreferencePair
 from saferlhf.evaluation.plots import score_histograms
 from saferlhf.evaluation.preference import evaluate_preference
@@ -13,14 +14,14 @@ from saferlhf.evaluation.score import score_rows
 from saferlhf.evaluation.truth import evaluate_against_truth, evaluate_damaged
 from saferlhf.run.stages import Evaluation, PreparedRun
 
-DAMAGED_ROWS = 1000
+DAMAGED_PROMPTS = 300
 
 
 def measure(prepared: PreparedRun) -> Evaluation:
     """Final metrics of the run's task."""
     model = prepared.task.model
     assert model is not None
-    model.to(_device(prepared.config.trainer.accelerator))
+    model.to(device_for(prepared.config.trainer.accelerator))
     if prepared.config.task.name == "sft":
         from saferlhf.run.measure_sft import measure_sft
 
@@ -33,7 +34,6 @@ def _measure_scores(prepared: PreparedRun, model: torch.nn.Module) -> Evaluation
     kind = config.task.name
     preference = getattr(config.task, "preference", "safer")
     autocast = config.trainer.precision != "32-true"
-    common: dict[str, Any] = {"confidence": config.evaluation.confidence, "seed": config.seed}
     metrics: dict[str, float] = {}
     histograms: list[Any] = []
     samples: list[dict[str, Any]] = []
@@ -42,17 +42,46 @@ def _measure_scores(prepared: PreparedRun, model: torch.nn.Module) -> Evaluation
             continue
         scores = score_rows(model, data, batch_size=config.trainer.eval_batch_size, autocast=autocast)  # type: ignore[arg-type]
         rows: list[PreferencePair] = list(data.rows)  # type: ignore[arg-type]
-        draws = config.evaluation.bootstrap_draws
-        options = {**common, "kind": kind, "preference": preference, "prefix": split, "draws": draws}
-        metrics |= evaluate_preference(rows, scores, **options)
+        metrics |= pair_metrics(
+            rows,
+            scores,
+            kind=kind,
+            preference=preference,
+            prefix=split,
+            evaluation=config.evaluation,
+            seed=config.seed,
+            toyworld=config.data.source == "toyworld" and split == "test",
+        )
         if split == "test":
             histograms = score_histograms(rows, scores, kind=kind, preference=preference)
             samples = [{"row_id": r.id, "scores": [float(x) for x in s]} for r, s in zip(rows, scores, strict=True)]
-            if config.data.source == "toyworld":
-                metrics |= evaluate_against_truth(rows, scores, **options)
     if config.data.source == "toyworld":
         metrics |= _measure_damaged(prepared, model, kind, preference)
     return Evaluation(metrics, histograms, samples)
+
+
+def pair_metrics(
+    rows: list[PreferencePair],
+    scores: Any,
+    *,
+    kind: Any,
+    preference: str,
+    prefix: str,
+    evaluation: EvaluationConfig,
+    seed: int,
+    toyworld: bool,
+) -> dict[str, float]:
+    """Metrics of scored pairs against their labels and, on the toy world, against ground truth."""
+    options: dict[str, Any] = {
+        "kind": kind,
+        "preference": preference,
+        "prefix": prefix,
+        "draws": evaluation.bootstrap_draws,
+        "confidence": evaluation.confidence,
+        "seed": seed,
+    }
+    metrics = evaluate_preference(rows, scores, **options)
+    return metrics | evaluate_against_truth(rows, scores, **options) if toyworld else metrics
 
 
 def _measure_damaged(prepared: PreparedRun, model: torch.nn.Module, kind: Any, preference: str) -> dict[str, float]:
@@ -60,12 +89,22 @@ def _measure_damaged(prepared: PreparedRun, model: torch.nn.Module, kind: Any, p
     from saferlhf.data.toyworld import damaged_replies
 
     config = prepared.config
-    damaged = damaged_replies(DAMAGED_ROWS, "test", config.data.seed)
+    damaged = damaged_replies(DAMAGED_PROMPTS, "test", config.data.seed)
     answers = prepared.encoded.encoder.answers([answer for _, answer in damaged], "test")
-    scores = score_rows(model, answers, batch_size=config.trainer.eval_batch_size)
-    return evaluate_damaged(damaged, scores, kind=kind, preference=preference)
+    autocast = config.trainer.precision != "32-true"
+    scores = score_rows(model, answers, batch_size=config.trainer.eval_batch_size, autocast=autocast)
+    return evaluate_damaged(
+        damaged,
+        scores,
+        kind=kind,
+        preference=preference,
+        draws=config.evaluation.bootstrap_draws,
+        confidence=config.evaluation.confidence,
+        seed=config.seed,
+    )
 
 
-def _device(accelerator: str) -> torch.device:
+def device_for(accelerator: str) -> torch.device:
+    """The device that an `accelerator` key means on this machine."""
     use_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_gpu else "cpu")

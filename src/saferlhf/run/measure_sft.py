@@ -6,16 +6,15 @@ they go to `samples.jsonl` unread: nobody here can say how good they are, and th
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from saferlhf.data.loader import EvalLoader
-from saferlhf.data.rows import prompt_text
 from saferlhf.data.templates import end_id, pad_id
+from saferlhf.evaluation.likelihood import evaluate_likelihood
 from saferlhf.evaluation.policy import evaluate_policy_against_truth
-from saferlhf.evaluation.sheet import MetricSheet
 from saferlhf.rollout.sampling import sample_responses
 from saferlhf.run.stages import Evaluation, PreparedRun
 from saferlhf.tasks.scoring import gather
@@ -35,8 +34,6 @@ def measure_sft(prepared: PreparedRun) -> Evaluation:
 
 
 def _likelihood(prepared: PreparedRun, split: str, data: Any) -> dict[str, float]:
-    import torch
-
     config, task = prepared.config, prepared.task
     assert task.model is not None
     device = next(task.model.parameters()).device
@@ -48,22 +45,15 @@ def _likelihood(prepared: PreparedRun, split: str, data: Any) -> dict[str, float
             order.append(item.indices)
     task.model.train()
     place = np.argsort(np.concatenate(order))
-    nll, tokens = gather(outputs, "nll_sum")[place].astype(np.float64), gather(outputs, "tokens")[place]
-    prompts = [prompt_text(row.prompt) for row in data.rows]
-    sheet = MetricSheet(
-        f"{split}/sft",
-        prompts,
+    return evaluate_likelihood(
+        data.rows,
+        gather(outputs, "nll_sum")[place],
+        gather(outputs, "tokens")[place],
+        prefix=split,
         draws=config.evaluation.bootstrap_draws,
         confidence=config.evaluation.confidence,
         seed=config.seed,
     )
-    sheet.statistic("nll", lambda weights: float((weights * nll).sum() / max((weights * tokens).sum(), 1.0)), len(nll))
-    result = sheet.metrics()
-    for ending in ("", "_low", "_high"):
-        if f"{split}/sft/nll{ending}" in result:
-            result[f"{split}/sft/perplexity{ending}"] = math.exp(min(result[f"{split}/sft/nll{ending}"], 50.0))
-    result[f"{split}/sft/tokens"] = float(tokens.sum())
-    return result
 
 
 def _samples(prepared: PreparedRun) -> tuple[list[dict[str, Any]], dict[str, float]]:

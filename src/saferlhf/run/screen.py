@@ -29,17 +29,24 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     Console(width=_width()).print(table)
 
 
-def say_finished(folder: RunFolder, metrics: Mapping[str, float]) -> None:
+def say_finished(folder: RunFolder, metrics: Mapping[str, float], confidence: float) -> None:
     """The run was finished before: its numbers, and where it is."""
     say(f"finished before: {folder.path} (resume=never for a fresh run)")
-    _print_metrics(metrics)
+    _print_metrics(metrics, confidence)
     _print_places(folder, None)
 
 
-def say_result(folder: RunFolder, metrics: Mapping[str, float], ui: str | None) -> None:
+def say_result(folder: RunFolder, metrics: Mapping[str, float], ui: str | None, confidence: float) -> None:
     """The numbers of a run that just ended, and how to look at it."""
-    _print_metrics(metrics)
+    _print_metrics(metrics, confidence)
     _print_places(folder, ui)
+
+
+def say_evaluation(folder: RunFolder, metrics: Mapping[str, float], confidence: float) -> None:
+    """The numbers of an evaluation, and where they are."""
+    _print_metrics(metrics, confidence)
+    print(f"report:  {folder.path / 'report.html'}")
+    print(f"metrics: {folder.metrics}")
 
 
 def metrics_overview(folders: Mapping[str, Path], seconds: float) -> str:
@@ -70,14 +77,13 @@ def metrics_overview(folders: Mapping[str, Path], seconds: float) -> str:
     return f"{capture.get()}{places}"
 
 
-def _print_metrics(metrics: Mapping[str, float]) -> None:
+def _print_metrics(metrics: Mapping[str, float], confidence: float) -> None:
     from rich.console import Console
 
     from saferlhf.evaluation.table import metrics_table
 
-    test = {name: value for name, value in metrics.items() if name.startswith("test/")}
-    if test:
-        Console(width=_width()).print(metrics_table(test))
+    if metrics:
+        Console(width=_width()).print(metrics_table(metrics, confidence=confidence, headlines_only=True))
 
 
 def _print_places(folder: RunFolder, ui: str | None) -> None:

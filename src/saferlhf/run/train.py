@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> RunResult:
     run = locate_run(checked(config))
     if not config.plan.only and run.folder.status().get("status") == FINISHED:
         metrics = read_json(run.folder.metrics) or {}
-        say_finished(run.folder, metrics)
+        say_finished(run.folder, metrics, run.config.evaluation.confidence)
         return RunResult(run.folder.path, metrics)
     # heavy imports only now, so that a finished run answers at once
     from saferlhf.run.stages import evaluate_run, export_run, fit, prepare
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> RunResult:
         export_run(prepared, evaluation, tracker)
         run.folder.update_status(status=FINISHED, phase=None, finished=time.time())
         tracker.finish("FINISHED")
-        say_result(run.folder, evaluation.metrics, prepared.ui_command())
+        say_result(run.folder, evaluation.metrics, prepared.ui_command(), run.config.evaluation.confidence)
         return RunResult(run.folder.path, evaluation.metrics)
     except (Interrupted, KeyboardInterrupt, SystemExit) as error:
         _end(run.folder, tracker, KILLED, "interrupted")

@@ -82,8 +82,8 @@ class SupervisedTask(L.LightningModule, ABC):
         """Scores of a batch for evaluation: `row_ids` and one tensor per score, on the CPU."""
 
     @abstractmethod
-    def validation_metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Metrics over a whole pass, without the `val/` prefix."""
+    def validation_metrics(self, outputs: Sequence[Mapping[str, Any]]) -> Mapping[str, float | None]:
+        """Metrics over a whole pass, without the `val/` prefix; None = undefined, left out."""
 
     # -------------------------------------------------------------------------------------------- model
     def configure_model(self) -> None:
@@ -186,7 +186,8 @@ class SupervisedTask(L.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Metrics over the whole validation split."""
-        metrics = {f"val/{name}": value for name, value in self.validation_metrics(self._outputs).items()}
+        found = self.validation_metrics(self._outputs).items()
+        metrics = {f"val/{name}": value for name, value in found if value is not None}
         self._outputs = []
         self.last_validation = metrics
         if not self.trainer.sanity_checking:

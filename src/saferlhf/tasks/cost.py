@@ -39,7 +39,7 @@ class CostTask(PairScoringTask):
         right = ((scores > 0) & (batch.unsafe == 1)) | ((scores < 0) & (batch.unsafe == 0))  # (B, 2)
         return {"sign_accuracy": right.float().mean(dim=1).sum(), "cost": scores.mean(dim=1).sum()}
 
-    def validation_metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def validation_metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         """Loss, pair accuracy (the safer response costs less) and sign accuracy over labelled responses."""
         costs, unsafe = gather(outputs, "scores"), gather(outputs, "unsafe")
         labelled = unsafe >= 0
@@ -47,5 +47,5 @@ class CostTask(PairScoringTask):
         return {
             "loss": float(gather(outputs, "losses").mean()),
             "cost/pair_accuracy": share_ordered(-costs, gather(outputs, "safer")),
-            "cost/sign_accuracy": float(right[labelled].mean()) if labelled.any() else float("nan"),
+            "cost/sign_accuracy": float(right[labelled].mean()) if labelled.any() else None,
         }

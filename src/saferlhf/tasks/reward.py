@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from saferlhf.data.batches import PairBatch
@@ -40,11 +41,11 @@ class RewardTask(PairScoringTask):
     def statistics(self, scores: Tensor, batch: PairBatch) -> dict[str, Tensor]:
         """Pairs ordered right, and the mean score."""
         preferred = self.preferred(batch)  # (B,)
-        chosen = scores.gather(1, preferred.clamp_min(0)[:, None]).squeeze(1)  # (B,)
-        right = (chosen > scores.mean(dim=1)) & (preferred >= 0)
+        ahead = torch.where(preferred == 0, scores[:, 0] - scores[:, 1], scores[:, 1] - scores[:, 0])  # (B,)
+        right = (0.5 + 0.5 * ahead.sign()) * (preferred >= 0)  # ties half
         return {"pair_accuracy": right.sum(), "score": scores.mean(dim=1).sum()}
 
-    def validation_metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def validation_metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         """Loss and pair accuracy."""
         scores, winner = gather(outputs, "scores"), gather(outputs, self.config.task.preference)
         return {

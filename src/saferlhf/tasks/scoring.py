@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saferlhf.data.batches import PairBatch
+from saferlhf.ops import metrics
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.tasks.base import SupervisedTask
 
@@ -66,15 +67,11 @@ def gather(outputs: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return torch.cat([torch.atleast_1d(output[key]) for output in outputs]).numpy()
 
 
-def share_ordered(scores: np.ndarray, winner: np.ndarray) -> float:
-    """Share of labelled pairs whose winner has the higher score, ties half; NaN without labels.
+def share_ordered(scores: np.ndarray, winner: np.ndarray) -> float | None:
+    """Share of labelled pairs whose winner has the higher score, ties half; None without labels.
 
     Args:
         scores: (n, 2).
         winner: (n,) 0 or 1; -1 = not labelled.
     """
-    labelled = winner >= 0
-    if not labelled.any():
-        return float("nan")
-    margin = np.where(winner == 0, scores[:, 0] - scores[:, 1], scores[:, 1] - scores[:, 0])[labelled]
-    return float((margin > 0).mean() + 0.5 * (margin == 0).mean())
+    return metrics.pair_accuracy(scores[:, 0] - scores[:, 1], winner).accuracy

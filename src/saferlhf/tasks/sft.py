@@ -55,7 +55,7 @@ class SftTask(SupervisedTask):
         nll, count = self._nll(batch)
         return {"row_ids": batch.row_ids, "nll_sum": nll.float().cpu(), "tokens": count.cpu()}
 
-    def validation_metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def validation_metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         """Mean negative log-likelihood per token, in nats, and its exponential."""
         nll = float(gather(outputs, "nll_sum").sum() / max(1, gather(outputs, "tokens").sum()))
         return {"loss": nll, "sft/nll": nll, "sft/perplexity": math.exp(min(nll, 50.0))}
