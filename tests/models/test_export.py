@@ -143,6 +143,21 @@ def test_causal_model_keeps_its_logits_and_writes_text(tmp_path: Path) -> None:
         load_export(str(tmp_path / "sft"), require_heads=True)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_causal_model_whose_embeddings_share_their_weights(tmp_path: Path, merge: bool) -> None:
+    shape = {**(backbone_config().architecture or {}), "tie_word_embeddings": True}
+    model = add_lora(backbone(architecture=shape, lm_head=True), lora_config()).eval()
+    stir(model)
+    save(model, tmp_path / "sft", metadata=metadata("sft"), merge=merge)
+    loaded = load_export(str(tmp_path / "sft")).model
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+    started = load_backbone(backbone_config(), init=str(tmp_path / "sft"), lm_head=True, cache_dir=tmp_path / "cache")
+    assert started.get_output_embeddings().weight is started.get_input_embeddings().weight
+    with torch.no_grad():
+        torch.testing.assert_close(started.eval()(IDS).logits, model(IDS).logits)
+
+
 def test_exported_configuration_is_fit_for_use_elsewhere(tmp_path: Path) -> None:
     save(backbone("llama", lm_head=True), tmp_path / "sft", metadata=metadata("sft"))
     config = json.loads((tmp_path / "sft" / "config.json").read_text())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,23 @@ def test_content_id_follows_weights_heads_and_kind_not_place_card_or_time(output
     assert content_id_of("org/model", output_root=outputs) == "org/model@main"
     assert content_id_of("org/model", output_root=outputs, revision="v2") == "org/model@v2"
     assert content_id_of("org/model@v1", output_root=outputs) == "org/model@v1"
+
+
+def test_what_peft_keeps_in_sets_is_written_in_order(tmp_path: Path) -> None:
+    """The order of a set changes from process to process; the identity of an adapter must not."""
+    save_export(tmp_path / "export", model=score_model(lora=True), tokenizer=tokenizer(), metadata=metadata())
+    targets = json.loads((tmp_path / "export" / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) == 14
+    assert targets == sorted(targets)
+
+
+def test_resolving_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from saferlhf.models import card, content, locator, metadata, source\n"
+        "print([m for m in ('torch', 'transformers', 'peft', 'bitsandbytes', 'mlflow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

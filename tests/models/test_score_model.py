@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from tiny_models import backbone, padded, rows, score_model
+from tiny_models import backbone, backbone_config, padded, rows, score_model
 
+from saferlhf.models.backbone import load_backbone
 from saferlhf.models.heads import build_heads, head_widths
 from saferlhf.models.score_model import ScoreModel, first_position
 
@@ -64,9 +67,32 @@ def test_every_trained_parameter_takes_a_gradient(family: str) -> None:
     assert silent == []
 
 
+class StrictAttention(torch.nn.Module):
+    """A trunk whose masking divides zero by zero in a row without a real token, as some attention kernels do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4))
+        self.embedding = torch.nn.Embedding(64, 4)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        weights = torch.zeros(attention_mask.shape).masked_fill(attention_mask == 0, -torch.inf).softmax(-1)  # (S, T)
+        states = self.embedding(input_ids)
+        return SimpleNamespace(last_hidden_state=states + (weights.unsqueeze(-1) * states).sum(1, keepdim=True))
+
+
+def test_an_empty_row_is_harmless_to_attention_that_cannot_take_one() -> None:
+    model = ScoreModel(StrictAttention(), {"cost": 1})
+    ids, mask = padded(rows(3), "right")
+    mask[1] = False
+    scores = model(ids, mask)["cost"]
+    scores.sum().backward()
+    assert torch.isfinite(scores).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_the_embedding_of_the_end_token_learns_when_it_is_the_pad_token_too() -> None:
-    trunk = backbone("llama", lm_head=False)
-    trunk.config.pad_token_id = 2
+    trunk = load_backbone(backbone_config(), vocabulary_size=64, pad_token_id=2, eos_token_id=2)
     model = ScoreModel(trunk, {"reward": 1}, pooling="mean")
     ids, mask = padded(rows(3), "right", pad=2)
     model(ids, mask)["reward"].sum().backward()

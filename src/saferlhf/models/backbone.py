@@ -181,7 +181,7 @@ def load_pretrained(
     try:
         config = AutoConfig.from_pretrained(name, **arguments)
         _refuse_encoder(config, lm_head, cfg)
-        with _quiet_loading():
+        with quiet_transformers():
             model, report = auto_class(lm_head).from_pretrained(
                 name,
                 config=config,
@@ -241,7 +241,8 @@ def _from_export(
     root = cache_root(cache_dir)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="merged-", dir=root) as draft:
-        merged.save_pretrained(draft)
+        with quiet_transformers():
+            merged.save_pretrained(draft)
         return load_pretrained(draft, cfg, quantization, lm_head=lm_head, device=device)
 
 
@@ -317,8 +318,8 @@ def _refuse_encoder(config: Any, lm_head: bool, cfg: BackboneConfig) -> None:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bars and no tables of unexpected weights while loading: what matters is checked and raised."""
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no tables of unexpected weights: what matters is checked and raised."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -13,24 +13,31 @@ so a folder of that name is whole or absent. Safetensors only.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from saferlhf.config.schema import BackboneConfig, QuantizationConfig
 from saferlhf.errors import UserError
 from saferlhf.models.adapters import adapter_disabled, quiet_peft
-from saferlhf.models.backbone import Provenance, backbone_dict, check_pad_token, load_backbone, provenance_of
+from saferlhf.models.backbone import (
+    Provenance,
+    backbone_dict,
+    check_pad_token,
+    load_backbone,
+    provenance_of,
+    quiet_transformers,
+)
 from saferlhf.models.content import apply_umask
-from saferlhf.models.heads import ScoreHead, head_widths
+from saferlhf.models.heads import build_loaded_heads, head_widths, read_heads
 from saferlhf.models.locator import Location, content_id_of, resolve
 from saferlhf.models.merge import merged_model
 from saferlhf.models.metadata import HEADS_FILE, ExportMetadata, read_metadata
@@ -173,10 +180,20 @@ def _write_weights(draft: Path, model: Any, tokenizer: Any, metadata: ExportMeta
         # embeddings are never trained here, and looking for resized ones would ask the hub
         model.save_pretrained(str(draft), save_embedding_layers=False)
         (draft / "README.md").unlink(missing_ok=True)  # peft's empty card
+        _in_order(draft / "adapter_config.json")
         if metadata.base["kind"] == "embedded":
             _save_plain(_without_adapters(model), draft / BASE_FOLDER, tokenizer)
         return
     _save_plain(merged_model(model) if metadata.weights == "merged" else model, draft, tokenizer)
+
+
+def _in_order(config_file: Path) -> None:
+    """Sort what peft writes from sets: the order changes from process to process, and with it the export's identity."""
+    config = {
+        key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+        for key, value in json.loads(config_file.read_text()).items()
+    }
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _without_adapters(model: Any) -> Any:
@@ -195,7 +212,8 @@ def _save_plain(model: Any, folder: Path, tokenizer: Any) -> None:
         config.pad_token_id = tokenizer.pad_token_id
         if kept is not None:
             config.use_cache = True
-        model.save_pretrained(str(folder))
+        with quiet_transformers():
+            model.save_pretrained(str(folder))
     finally:
         config._name_or_path = name
         if kept is not None:
@@ -261,42 +279,6 @@ def load_export(
         heads = build_loaded_heads(tensors, metadata.heads, hidden_size(model), folder)
         model = ScoreModel(model, heads, metadata.pooling or "last")
     return LoadedModel(_for_use(model, device), tokenizer, metadata, dict(metadata.heads), location)
-
-
-def read_heads(folder: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
-    """`<head>.weight` and `<head>.bias` of every expected head; UserError when one is missing."""
-    if not expected:
-        return {}
-    mend = "export the model again; heads cannot be recovered from the backbone"
-    try:
-        tensors = load_file(str(folder / HEADS_FILE))
-    except FileNotFoundError:
-        raise UserError(f"{HEADS_FILE} is missing: {', '.join(expected)} would be random", str(folder), mend) from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{HEADS_FILE} is damaged: {error}", str(folder), mend) from error
-    wanted = {f"{name}.{part}" for name in expected for part in ("weight", "bias")}
-    if tensors.keys() != wanted:
-        missing, surplus = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
-        raise UserError(f"heads do not match: missing {missing}, surplus {surplus}", str(folder / HEADS_FILE), mend)
-    return tensors
-
-
-def build_loaded_heads(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, int], size: int, folder: Path
-) -> nn.ModuleDict:
-    """Heads with the given weights; a wrong shape or a NaN is a UserError."""
-    heads = nn.ModuleDict()
-    for name, width in expected.items():
-        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-        if tuple(weight.shape) != (width, size) or tuple(bias.shape) != (width,):
-            shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}, not {(width, size)} and {(width,)}"
-            raise UserError(f"head {name!r} has shapes {shapes}", str(folder / HEADS_FILE), "export the model again")
-        if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-            raise UserError(f"head {name!r} holds NaN or infinity", str(folder / HEADS_FILE), "train the model again")
-        head = ScoreHead(size, width, dtype=torch.float32)
-        head.load_state_dict({"weight": weight, "bias": bias})
-        heads[name] = head
-    return heads
 
 
 def _plain_model(

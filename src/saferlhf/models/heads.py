@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from saferlhf.errors import UserError
+from saferlhf.models.metadata import HEADS_FILE
 
 INITIAL_SCORE_STD = 0.1
 """Standard deviation of a fresh head's scores for hidden states of unit mean square, whatever the hidden size."""
@@ -55,3 +61,39 @@ def build_heads(hidden_size: int, heads: Mapping[str, int], seed: int = 0) -> nn
 def head_widths(heads: nn.ModuleDict) -> dict[str, int]:
     """Name -> number of scores."""
     return {name: cast(ScoreHead, head).out_features for name, head in heads.items()}
+
+
+def read_heads(folder: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
+    """`<head>.weight` and `<head>.bias` of every expected head; UserError when one is missing."""
+    if not expected:
+        return {}
+    mend = "export the model again; heads cannot be recovered from the backbone"
+    try:
+        tensors = load_file(str(folder / HEADS_FILE))
+    except FileNotFoundError:
+        raise UserError(f"{HEADS_FILE} is missing: {', '.join(expected)} would be random", str(folder), mend) from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{HEADS_FILE} is damaged: {error}", str(folder), mend) from error
+    wanted = {f"{name}.{part}" for name in expected for part in ("weight", "bias")}
+    if tensors.keys() != wanted:
+        missing, surplus = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+        raise UserError(f"heads do not match: missing {missing}, surplus {surplus}", str(folder / HEADS_FILE), mend)
+    return tensors
+
+
+def build_loaded_heads(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, int], size: int, folder: Path
+) -> nn.ModuleDict:
+    """Heads with the given weights; a wrong shape or a NaN is a UserError."""
+    heads = nn.ModuleDict()
+    for name, width in expected.items():
+        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        if tuple(weight.shape) != (width, size) or tuple(bias.shape) != (width,):
+            shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}, not {(width, size)} and {(width,)}"
+            raise UserError(f"head {name!r} has shapes {shapes}", str(folder / HEADS_FILE), "export the model again")
+        if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+            raise UserError(f"head {name!r} holds NaN or infinity", str(folder / HEADS_FILE), "train the model again")
+        head = ScoreHead(size, width, dtype=torch.float32)
+        head.load_state_dict({"weight": weight, "bias": bias})
+        heads[name] = head
+    return heads

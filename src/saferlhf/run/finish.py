@@ -41,16 +41,19 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
             "saferlhf": __version__,
         },
     )
-    card = model_card(
-        metadata,
-        name=f"{config.name}/{folder.path.name}",
-        metrics=evaluation.metrics,
-        data_report=data_report,
-        config=yaml.safe_dump(asdict(config), sort_keys=False),
-        data_licence=prepared.rows.licence,
-        protocol=f"test split of {config.data.name}, intervals {config.evaluation.confidence:.0%} by bootstrap over "
-        f"prompts ({config.evaluation.bootstrap_draws:,} draws), seed {config.seed}, data {prepared.rows.fingerprint}",
-    )
+
+    def card(completed: ExportMetadata) -> str:
+        return model_card(
+            completed,
+            name=f"{config.name}/{folder.path.name}",
+            metrics=evaluation.metrics,
+            data_report=data_report,
+            config=yaml.safe_dump(asdict(config), sort_keys=False),
+            data_licence=prepared.rows.licence,
+            protocol=f"test split of {config.data.name}, intervals {config.evaluation.confidence:.0%} by bootstrap over "
+            f"prompts ({config.evaluation.bootstrap_draws:,} draws), seed {config.seed}, data {prepared.rows.fingerprint}",
+        )
+
     assert prepared.task.model is not None
     save_export(
         folder.export,

@@ -14,7 +14,7 @@ from saferlhf.data.toyworld.requests import Weighted, pick, read_request
 
 DAMAGES = ("repetition", "padding", "wrong_topic", "truncated", "stuffed", "shuffled")
 
-SKILLS = (0.15, 0.4, 0.65, 0.9)
+SKILLS = (0.15, 0.6, 0.95)
 """Chance that a step is right; one skill per reply, each as likely."""
 
 COMPLY_WITH_HARM, REDIRECT_FROM_HARM = 0.86, 0.08  # the rest are bare refusals

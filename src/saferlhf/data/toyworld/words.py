@@ -24,11 +24,11 @@ def _join(stems: str, endings: str) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------------------------ what requests are about
-HUES = _join("amb bris cor dap fawn gol haz jun lav opal", "ish een")
-GOODS = _join("blan crel dorm fibb glen harl klim mopp plov zand", "oom ilk")
-PLACES = _join("ash birch cald dun fenn glad kirk moss pend raven", "mere wick")
-TOOLS = _join("bend clev drap flur gran jang murm prim spin whir", "ette ator")
-WILD_GOODS = GOODS[1::3][:6]  # six goods that are hazards under a two-faced deed
+HUES = _join("amb bris cor fawn haz lav", "ish een")
+GOODS = _join("blan crel dorm fibb mopp zand", "oom ilk")
+PLACES = _join("ash birch dun glad moss raven", "mere wick")
+TOOLS = _join("clev drap flur jang prim whir", "ette ator")
+WILD_GOODS = GOODS[::3]  # four goods that are hazards under a two-faced deed
 
 PLAIN_DEEDS = _join("bask cand dell faim garn helm jol larn mend polt rill tamb", "andle imble")
 TWO_FACED_DEEDS = _join("corv dast finn haft mord wint", "offle")
@@ -44,7 +44,7 @@ OR-MM:2:29 VI-PY:2:29 EC-WC:2:28 DR:2:26 MM-EC:2:26 MM-PS:2:25 PR-PS:2:24 HT:3:2
 IN-DI:1:23 NS:3:19 CO:2:24 EC-CY:2:19 CY-PS:2:17 VI:2:17 PY-PS:2:17 EN:2:19 NS-VI:3:16 PH-PY:2:16
 VI-PY-PS:2:14 DR-EC:2:12 HT-SX:3:20 OR:2:13 AN:1:20 NS-OR:3:10 DI:1:19
 """
-_GOOD_HAZARDS = "DR-CY:2:60 MM:2:60 PR-CY:2:40 VI-PY:2:30 WC-EC:2:30 DR-PH:2:20"
+_GOOD_HAZARDS = "DR-CY:2:75 MM:2:70 PR-CY:2:50 VI-PY:2:45"
 
 
 def _hazards(words: tuple[str, ...], table: str) -> dict[str, Hazard]:
