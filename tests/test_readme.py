@@ -1,8 +1,8 @@
 """The README's commands, executed as they stand there, in order, in a scratch folder.
 
-Only two things are changed: `debug=fast` is added to training commands so that they take a few steps, and servers are
-stopped once they answer. The two commands that run everything (`make train`, `make test`) are left out: other tests and
-`.ci/run` do what they do. What cannot run here is skipped visibly.
+Only two things are changed: commands work on few rows in small batches, and servers are stopped once they answer.
+The two that run everything (`make train`, `make test`) are left out: `.ci/run` and other tests do what they do.
+What cannot run here is skipped visibly.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def why_not(command: str) -> str | None:
 def small(command: str) -> str:
     """The same command on few rows."""
     if command.startswith("python train.py task="):
-        return f"{command} debug=fast"
+        return f"{command} debug=fast trainer.batch_size=8"
     if command.startswith("python evaluate.py "):
         return f"{command} data.test_rows=40"
     return command

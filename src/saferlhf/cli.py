@@ -1,10 +1,12 @@
 """The command line: Hydra composes, the runner runs, every error of the user's is one line and exit code 2.
 
-Exit codes: 0 done or finished before; 1 our fault (a traceback); 2 the input is wrong (one line); 130 interrupted.
+Exit codes: 0 done or finished before; 1 our fault (a traceback); 2 the input is wrong (one line); 130 interrupted. A
+pipeline ends with the code of the stage that failed, a sweep with that of its first run that failed.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -13,18 +15,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from saferlhf.config.hydra_errors import HYDRA_TROUBLE, as_user_error
+from saferlhf.config.arguments import folder_flags, is_true, key_of, ordered, refuse_duplicates
+from saferlhf.config.hydra_errors import as_user_error, is_trouble
 from saferlhf.config.paths import conf_dir
 from saferlhf.config.schema import TrainConfig
 from saferlhf.config.validate import evaluate_config, pipeline_config, train_config
-from saferlhf.tracking.environment import prepare_environment
 from saferlhf.errors import UserError
+from saferlhf.tracking.environment import prepare_environment
 
 DEFAULT_PIPELINE = "quickstart"
-HANDED_ON = ("--config-dir", "-cd", "--config-path", "-cp")
-"""Hydra flags with a value that a pipeline's stages must see too."""
+ENVIRONMENT_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""What the machine says no to; not our fault."""
+
+Body = Callable[[DictConfig], Any]
 
 
 def train() -> None:
@@ -41,31 +48,43 @@ def evaluate() -> None:
 def _train(composed: DictConfig) -> Any:
     task, pipeline = composed.get("task"), composed.get("pipeline")
     if task is not None and pipeline is not None:
-        raise UserError("both a task and a pipeline are named", "the command line", "name one: task=... or pipeline=...")
+        raise UserError(
+            "both a task and a pipeline are named", "the command line", "name one: task=... or pipeline=..."
+        )
     if task is not None:
         from saferlhf.run.train import train as run
 
         return run(train_config(composed)).metrics
-    return _run_pipeline(pipeline)
+    return _run_pipeline(composed)
 
 
-def _run_pipeline(node: Any) -> Any:
+def _run_pipeline(composed: DictConfig) -> Any:
     from hydra import compose
-    from hydra.core.hydra_config import HydraConfig
 
     from saferlhf.pipeline.runner import run_pipeline
+    from saferlhf.pipeline.stages import Stages
     from saferlhf.run.prepare import checked
 
-    typed = list(HydraConfig.get().overrides.task)
-    if node is None:
-        typed = [f"pipeline={DEFAULT_PIPELINE}", *typed]
-        node = compose("train", typed).pipeline
-
     def compose_run(overrides: Sequence[str]) -> TrainConfig:
-        return checked(train_config(compose("train", list(overrides))))
+        try:
+            return checked(train_config(compose("train", list(overrides))))
+        except Exception as error:
+            if not is_trouble(error):
+                raise
+            raise as_user_error(error, overrides=overrides) from error
 
-    mine = [o for o in typed if not o.lstrip("+~").startswith(("pipeline=", "pipeline."))]
-    return run_pipeline(pipeline_config(node), compose=compose_run, overrides=mine, flags=_handed_on(sys.argv[1:]))
+    typed = list(HydraConfig.get().overrides.task)
+    if "name" not in (composed.get("pipeline") or {}):  # none is named, though keys of it may be
+        composed = compose("train", [f"pipeline={DEFAULT_PIPELINE}", *typed])
+    config = pipeline_config(composed.pipeline)
+    mine = [o for o in typed if key_of(o) not in ("pipeline", "name") and not key_of(o).startswith("pipeline.")]
+    prefix = str(composed.get("name") or config.name)
+    stages = Stages(config, compose=compose_run, overrides=mine, prefix=prefix)
+    if stages.configs[stages.asked[0].name].plan.only:
+        from saferlhf.pipeline.plan import plan_pipeline
+
+        return plan_pipeline(stages)
+    return run_pipeline(stages, flags=folder_flags(sys.argv[1:]))
 
 
 def _evaluate(composed: DictConfig) -> Any:
@@ -74,70 +93,93 @@ def _evaluate(composed: DictConfig) -> Any:
     return run(evaluate_config(composed))
 
 
-def _handed_on(arguments: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    for position, argument in enumerate(arguments):
-        if argument in HANDED_ON and position + 1 < len(arguments):
-            kept += [argument, os.path.abspath(arguments[position + 1])]
-        elif argument.startswith(tuple(f"{flag}=" for flag in HANDED_ON)):
-            flag, _, value = argument.partition("=")
-            kept += [flag, os.path.abspath(value)]
-    return kept
-
-
-# ------------------------------------------------------------------------------------------------ errors
-def _main(command: str, body: Callable[[DictConfig], Any]) -> None:
+# ------------------------------------------------------------------------------------------------ Hydra
+def _main(command: str, body: Body) -> None:
     prepare_environment()
-    # threads that wait must not spin: on a busy machine spinning made steps of a small model 10 times slower (docs/log.md)
+    # threads that wait must not spin: on a busy machine that made steps of a small model 10 times slower (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # without this Hydra prints errors its own way and exits with 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # dependencies' notes to their own developers
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    raised: list[Exception] = []
+    try:
+        sys.argv[1:] = ordered(sys.argv[1:])
+        code = _compose_and_run(command, body)
+    except KeyboardInterrupt as error:
+        code = _report_interrupt(error)
+    except Exception as error:
+        code = _report(error, command)
+    if code:
+        raise SystemExit(code)
+
+
+def _compose_and_run(command: str, body: Body) -> int:
+    """Exit code of all the jobs that Hydra makes of the command line; what keeps it from making any is raised."""
+    codes: list[int] = []
 
     def guarded(composed: DictConfig) -> Any:
         # kept from Hydra, which would print its own lines above ours; jobs of a sweep that follow still run
         try:
+            refuse_duplicates(HydraConfig.get().overrides.task)
             return body(composed)
         except Exception as error:
-            raised.append(error)
+            if _is_interrupt(error):
+                raise KeyboardInterrupt(str(error)) from None  # no job may follow
+            codes.append(_report(error, command, _job(), bool(composed.get("verbose_errors"))))
             return None
 
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(guarded)
     try:
         app()
-        if raised:
-            raise raised[0]
-    except UserError as error:
-        _exit(error, 2)
-    except HYDRA_TROUBLE as error:
-        _exit(as_user_error(error, command), 2, cause=error)
-    except KeyboardInterrupt:
-        _exit(Exception("interrupted"), 130)
     except Exception as error:
-        code = _known_code(error)
-        if code is None:
-            traceback.print_exc()
-            print("error: this is a fault of ours; the lines above say where", file=sys.stderr)
-            raise SystemExit(1) from None
-        _exit(error, code)
+        typed = sys.argv[1:]
+        # keys of the pipeline that runs when none is named
+        if "Could not override 'pipeline." not in str(error) or f"pipeline={DEFAULT_PIPELINE}" in typed:
+            raise
+        sys.argv[1:] = [*typed, f"pipeline={DEFAULT_PIPELINE}"]
+        return _compose_and_run(command, body)
+    return next((code for code in codes if code), 0)
 
 
-def _known_code(error: Exception) -> int | None:
-    """Exit code of the runner's own exceptions, told apart by name so that nothing heavy is imported here."""
-    kind = type(error).__name__
-    if kind == "Interrupted":
-        return 130
-    return int(getattr(error, "code", 1)) if kind == "PipelineFailed" else None
+def _job() -> str:
+    """Which job of a sweep this is; nothing for a single one."""
+    config = HydraConfig.get()
+    if config.mode != RunMode.MULTIRUN:
+        return ""
+    return f"run {config.job.num} of the sweep ({', '.join(config.overrides.task)}): "
 
 
-def _exit(error: BaseException, code: int, cause: BaseException | None = None) -> None:
-    if any(argument.replace(" ", "") == "verbose_errors=true" for argument in sys.argv[1:]):
-        traceback.print_exception(cause or error)
-    print(f"error: {error}" if code != 130 else str(error), file=sys.stderr, flush=True)
-    raise SystemExit(code)
+# ------------------------------------------------------------------------------------------------ errors
+def _report(error: Exception, command: str, job: str = "", verbose: bool = False) -> int:
+    """Print what went wrong, in one line where it is not our fault; the exit code."""
+    if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if is_trouble(error):
+        shown, code = as_user_error(error, command, sys.argv[1:]), 2
+    elif isinstance(error, UserError):
+        shown, code = error, 2
+    elif isinstance(error, OSError) and error.errno in ENVIRONMENT_TROUBLE:
+        shown, code = UserError(error.strerror or type(error).__name__, str(error.filename or "")), 2
+    elif type(error).__name__ == "PipelineFailed":  # told by its name, so that nothing heavy is imported here
+        shown, code = UserError(str(error)), int(getattr(error, "code", 1))
+    else:
+        what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        shown, code, verbose = UserError(what, "", "this is a fault of ours; the lines above say where"), 1, True
+    if verbose or is_true(sys.argv[1:], "verbose_errors"):
+        traceback.print_exception(error)
+    print(f"error: {job}{shown}", file=sys.stderr, flush=True)
+    return code
+
+
+def _is_interrupt(error: Exception) -> bool:
+    return type(error).__name__ == "Interrupted"
+
+
+def _report_interrupt(error: BaseException) -> int:
+    print(str(error) or "interrupted: the same command goes on", file=sys.stderr, flush=True)
+    return 130
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,12 @@ def test_a_run_its_export_and_a_path_under_the_root_are_the_same_model(outputs: 
         assert (found.kind, found.folder, found.run_folder) == ("export", export.resolve(), export.parent.resolve())
 
 
+def test_the_folder_of_a_name_is_its_only_run(outputs: Path) -> None:
+    shutil.rmtree(outputs / "cost" / "abcdef0123")
+    found = resolve("cost", output_root=outputs, require_heads=True)
+    assert found.run_folder == (outputs / "cost" / "0123456789").resolve()
+
+
 def test_hub_names_and_plain_folders(tmp_path: Path) -> None:
     assert resolve("org/model", output_root=tmp_path) == Location("org/model", "hub", name="org/model")
     assert resolve("org/model@v1", output_root=tmp_path).revision == "v1"
@@ -59,7 +66,7 @@ def test_each_mistake_is_one_clear_line(outputs: Path, tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("x")
     mistakes = {
         "cost/abcdef0123": r"has no export yet \(status: running\)",
-        "cost": r"holds runs \(0123456789, abcdef0123\).*name one: cost/0123456789",
+        "cost": r"holds several runs \(0123456789, abcdef0123\).*name one: cost/0123456789",
         str(tmp_path / "empty"): "neither saferlhf.json nor config.json",
         str(tmp_path / "file.txt"): "is a file, not a model",
         "  ": "empty locator",

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Mapping
 
-from saferlhf.config.schema import TrainConfig
+from saferlhf.config.schema import DataConfig, EvaluateConfig, EvaluationConfig, TrainConfig, TrainerConfig
 from saferlhf.errors import UserError
+
+PROTOCOLS = ("preference",)
+"""What a suite may hold."""
+
+LARGEST_SEED = 2**32 - 1
 
 
 def check_config(config: TrainConfig) -> None:
     """Raise `UserError` at the first impossible or doubtful combination of keys."""
     _check_target(config)
     _check_choices(config)
+    _check_name(config.name)
     _check_numbers(config)
     _check_model(config)
     _check_data(config)
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """The same for `evaluate.py`."""
+    _one_of(config.mode, "mode", ["score"])
+    _one_of(config.split, "split", ["train", "val", "test"])
+    for protocol in config.suite.protocols:
+        _one_of(protocol, "suite.protocols", PROTOCOLS)
+    if not config.suite.protocols:
+        raise UserError("nothing to measure", "suite.protocols", "choose from: " + " | ".join(PROTOCOLS))
+    if not config.model or not config.model.strip():
+        raise UserError("no model is named", "model", "give it on the command line: model=LOCATOR")
+    _one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])
+    _check_trainer_choices(config.trainer)
+    _check_name(config.name)
+    _positive(
+        {
+            **_evaluation_counts(config.evaluation),
+            **_data_counts(config.data),
+            "trainer.eval_batch_size": config.trainer.eval_batch_size,
+        }
+    )
+    _shares(_data_shares(config.data))
+    _confidence(config.evaluation)
+    _seeds({"seed": config.seed, "data.seed": config.data.seed})
+    _check_source(config.data)
 
 
 def _check_target(config: TrainConfig) -> None:
@@ -44,55 +78,124 @@ def _check_choices(config: TrainConfig) -> None:
     _one_of(config.schedule.name, "schedule.name", ["cosine", "linear", "constant"])
     _one_of(config.strategy.name, "strategy.name", ["single"])
     _one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])
-    _one_of(config.trainer.precision, "trainer.precision", ["32-true", "bf16-mixed", "bf16-true"])
-    _one_of(config.trainer.progress, "trainer.progress", ["auto", "bar", "lines", "none"])
-    _one_of(config.data.source, "data.source", ["toyworld", "file"])
+    _check_trainer_choices(config.trainer)
     if hasattr(config.task, "pooling"):
         _one_of(config.task.pooling, "task.pooling", ["last", "mean"])
     if hasattr(config.task, "preference"):
         _one_of(config.task.preference, "task.preference", ["better", "safer", "single"])
 
 
+def _check_trainer_choices(trainer: TrainerConfig) -> None:
+    _one_of(trainer.precision, "trainer.precision", ["32-true", "bf16-mixed", "bf16-true"])
+    _one_of(trainer.accelerator, "trainer.accelerator", ["auto", "cpu", "gpu"])
+    _one_of(trainer.progress, "trainer.progress", ["auto", "bar", "lines", "none"])
+
+
+def _check_name(name: str | None) -> None:
+    """The name becomes a folder that commands will spell: no `=`, no `,`, no blanks, no way out of the root."""
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        mend = "use letters, digits, - _ and . (output_root=FOLDER says where runs go)"
+        raise UserError(f"'{name}' cannot be a run folder's name", "name", mend)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
 def _check_numbers(config: TrainConfig) -> None:
     trainer = config.trainer
-    positive: dict[str, float | None] = {
-        "trainer.epochs": trainer.epochs,
-        "trainer.max_steps": trainer.max_steps,
-        "trainer.batch_size": trainer.batch_size,
-        "trainer.micro_batch_size": trainer.micro_batch_size,
-        "trainer.eval_batch_size": trainer.eval_batch_size,
-        "trainer.gradient_clip": trainer.gradient_clip,
-        "trainer.val_every_steps": trainer.val_every_steps,
-        "trainer.devices": trainer.devices,
-        "trainer.threads": trainer.threads,
-        "backbone.max_length": config.backbone.max_length,
-        "optimizer.lr": config.optimizer.lr,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.every_minutes": config.checkpoint.every_minutes,
-        "checkpoint.keep": config.checkpoint.keep,
-        "evaluation.bootstrap_draws": config.evaluation.bootstrap_draws,
-        "data.train_rows": config.data.train_rows,
-        "data.val_rows": config.data.val_rows,
-        "data.test_rows": config.data.test_rows,
-    }
-    for key, value in positive.items():
-        if value is not None and value <= 0:
-            raise UserError(f"{value} is not positive", key, "give a number above zero, or null for the default")
-    shares = {
-        "schedule.warmup_ratio": config.schedule.warmup_ratio,
-        "schedule.final_ratio": config.schedule.final_ratio,
-        "data.val_fraction": config.data.val_fraction,
-        "data.test_fraction": config.data.test_fraction,
-        "evaluation.confidence": config.evaluation.confidence,
-        "adapter.dropout": config.adapter.dropout,
-    }
-    for key, value in shares.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{value} is not a share", key, "give a number from 0 up to, but not including, 1")
+    _positive(
+        {
+            "trainer.epochs": trainer.epochs,
+            "trainer.max_steps": trainer.max_steps,
+            "trainer.batch_size": trainer.batch_size,
+            "trainer.micro_batch_size": trainer.micro_batch_size,
+            "trainer.eval_batch_size": trainer.eval_batch_size,
+            "trainer.gradient_clip": trainer.gradient_clip,
+            "trainer.val_every_steps": trainer.val_every_steps,
+            "trainer.val_max_rows": trainer.val_max_rows,
+            "trainer.log_every_steps": trainer.log_every_steps,
+            "trainer.devices": trainer.devices,
+            "trainer.threads": trainer.threads,
+            "backbone.max_length": config.backbone.max_length,
+            "adapter.rank": config.adapter.rank,
+            "adapter.alpha": config.adapter.alpha,
+            "optimizer.lr": config.optimizer.lr,
+            "optimizer.eps": config.optimizer.eps,
+            "checkpoint.every_steps": config.checkpoint.every_steps,
+            "checkpoint.every_minutes": config.checkpoint.every_minutes,
+            "checkpoint.keep": config.checkpoint.keep,
+            **_evaluation_counts(config.evaluation),
+            **_data_counts(config.data),
+        }
+    )
+    _shares(
+        {
+            "schedule.warmup_ratio": config.schedule.warmup_ratio,
+            "schedule.final_ratio": config.schedule.final_ratio,
+            "adapter.dropout": config.adapter.dropout,
+            **_data_shares(config.data),
+        }
+    )
+    _confidence(config.evaluation)
     if len(config.optimizer.betas) != 2:
         raise UserError(f"{config.optimizer.betas} are not two numbers", "optimizer.betas", "as [0.9, 0.95]")
+    for beta in config.optimizer.betas:
+        _shares({"optimizer.betas": beta})
+    weights = {"optimizer.weight_decay": config.optimizer.weight_decay}
+    for key in ("regularization", "centering", "margin", "pair_weight", "safe_sign_weight", "unsafe_sign_weight"):
+        weights[f"task.{key}"] = getattr(config.task, key, 0.0)
+    for key, value in weights.items():
+        if not 0 <= value < math.inf:
+            raise UserError(f"{value} is below zero or no number", key, "give a number from zero up")
+    terms = [value for key, value in vars(config.task).items() if key.endswith("_weight")]
+    if terms and not any(terms):
+        raise UserError("all weights of the loss are zero", "task", "give at least one term a weight")
+    _seeds({"seed": config.seed, "data.seed": config.data.seed})
 
 
+def _evaluation_counts(evaluation: EvaluationConfig) -> dict[str, float | None]:
+    return {
+        "evaluation.bootstrap_draws": evaluation.bootstrap_draws,
+        "evaluation.max_rows": evaluation.max_rows,
+    }
+
+
+def _data_counts(data: DataConfig) -> dict[str, float | None]:
+    return {"data.train_rows": data.train_rows, "data.val_rows": data.val_rows, "data.test_rows": data.test_rows}
+
+
+def _data_shares(data: DataConfig) -> dict[str, float]:
+    return {
+        "data.val_fraction": data.val_fraction,
+        "data.test_fraction": data.test_fraction,
+        "data.val_fraction + data.test_fraction": data.val_fraction + data.test_fraction,
+    }
+
+
+def _positive(values: Mapping[str, float | None]) -> None:
+    for key, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(
+                f"{value} is not a positive number", key, "give a number above zero, or null for the default"
+            )
+
+
+def _shares(values: Mapping[str, float]) -> None:
+    for key, value in values.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{value} is not a share", key, "give a number from 0 up to, but not including, 1")
+
+
+def _confidence(evaluation: EvaluationConfig) -> None:
+    if not 0 < evaluation.confidence < 1:
+        raise UserError(f"{evaluation.confidence} is no confidence", "evaluation.confidence", "give one like 0.95")
+
+
+def _seeds(values: Mapping[str, int]) -> None:
+    for key, value in values.items():
+        if not 0 <= value <= LARGEST_SEED:
+            raise UserError(f"{value} is no seed", key, f"give a whole number from 0 to {LARGEST_SEED}")
+
+
+# ------------------------------------------------------------------------------------------------ combinations
 def _check_model(config: TrainConfig) -> None:
     backbone, scratch = config.backbone, config.backbone.architecture is not None
     if config.quantization.name == "nf4" and config.adapter.name == "none":
@@ -111,6 +214,9 @@ def _check_model(config: TrainConfig) -> None:
         raise UserError("both a model and an architecture are given", "backbone", "set one of them to null")
     if not scratch and backbone.model is None:
         raise UserError("no model is named", "backbone.model", "backbone.model=NAME_OR_FOLDER")
+    if config.init is not None and not config.init.strip():
+        raise UserError("empty locator", "init", "init=LOCATOR, or init=null for the backbone's own weights")
+    _check_lengths(config)
     if backbone.attention == "flash_attention_2" and config.trainer.accelerator == "cpu":
         raise UserError("flash attention needs a GPU", "backbone.attention", "backbone.attention=sdpa")
     if config.optimizer.name != "adamw" and config.trainer.accelerator == "cpu":
@@ -125,7 +231,48 @@ def _check_model(config: TrainConfig) -> None:
         raise UserError(f"strategy=single cannot use {config.trainer.devices} devices", "trainer.devices", "use 1")
 
 
+def _check_lengths(config: TrainConfig) -> None:
+    """A from-scratch architecture's own numbers must fit each other and the tokenizer it is given."""
+    backbone = config.backbone
+    if backbone.architecture is None:
+        if backbone.tokenizer == "toyworld":
+            raise UserError("a trained model has its own tokenizer", "backbone.tokenizer", "backbone.tokenizer=null")
+        return
+    if config.init is not None:
+        return  # the model that is loaded brings its own
+    if backbone.tokenizer is None:
+        raise UserError(
+            "a model from scratch has no tokenizer of its own", "backbone.tokenizer", "backbone.tokenizer=toyworld"
+        )
+    longest = backbone.architecture.get("max_position_embeddings")
+    if isinstance(longest, int) and backbone.max_length > longest:
+        raise UserError(
+            f"{backbone.max_length} tokens are more than the architecture's {longest} positions",
+            "backbone.max_length",
+            f"set backbone.architecture.max_position_embeddings={backbone.max_length}, or a shorter max_length",
+        )
+    width, heads = backbone.architecture.get("hidden_size"), backbone.architecture.get("num_attention_heads")
+    if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
+        raise UserError(
+            f"a width of {width} cannot be dealt to {heads} heads",
+            "backbone.architecture.hidden_size",
+            f"use a multiple of {max(1, heads)}, or another num_attention_heads",
+        )
+
+
+def _check_source(data: DataConfig) -> None:
+    _one_of(data.source, "data.source", ["toyworld", "file"])
+    given = [key for key in ("path", "test_path", "columns") if getattr(data, key) is not None]
+    if data.source == "toyworld" and given:
+        raise UserError(
+            f"the toy world is generated, data.{given[0]} would be ignored",
+            f"data={data.name}",
+            "choose data=jsonl for a file of yours",
+        )
+
+
 def _check_data(config: TrainConfig) -> None:
+    _check_source(config.data)
     toy_words = config.backbone.tokenizer == "toyworld"
     if toy_words and config.data.source != "toyworld":
         raise UserError(

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from saferlhf.errors import UserError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write atomically: a reader, or a kill at any moment, sees the old file or the new one."""
@@ -31,8 +33,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; None when it does not exist."""
+    """Read a JSON file; None when it does not exist.
+
+    Raises:
+        UserError: it is damaged; we write such files whole or not at all, so someone else changed it.
+    """
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:
+        raise UserError(f"damaged file: {error}", str(path), "put it right, or remove its folder") from None

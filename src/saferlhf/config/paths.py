@@ -14,5 +14,5 @@ def conf_dir() -> Path:
 
 
 def cache_dir(configured: str | None = None) -> Path:
-    """Where converted models and features are kept: the `cache_dir` key, else $SAFERLHF_CACHE, else ~/.cache/saferlhf."""
+    """Where converted models are kept: the `cache_dir` key, else $SAFERLHF_CACHE, else ~/.cache/saferlhf."""
     return Path(configured or os.environ.get("SAFERLHF_CACHE") or Path.home() / ".cache" / "saferlhf").expanduser()

@@ -61,8 +61,12 @@ class RunFolder:
         Raises:
             UserError: another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"cannot write there: {reason}", str(self.path), "output_root=FOLDER") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

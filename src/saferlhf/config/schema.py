@@ -165,7 +165,8 @@ class ScheduleConfig:
 class TrainerConfig:
     """How long and on what."""
 
-    name: str
+    # cpu, gpu: what the choice says of the device enters by its keys
+    name: str = field(metadata=OUTSIDE_IDENTITY)
     epochs: float = 1.0
     max_steps: Optional[int] = None
     batch_size: int = 32  # rows per optimizer step, over all processes
@@ -187,10 +188,10 @@ class CheckpointConfig:
     """When the training state is written; never changes the result."""
 
     every_steps: Optional[int] = field(default=None, metadata=OUTSIDE_IDENTITY)
-    every_minutes: Optional[float] = field(default=10.0, metadata=OUTSIDE_IDENTITY)
+    every_minutes: Optional[float] = field(default=5.0, metadata=OUTSIDE_IDENTITY)
     keep: int = field(default=1, metadata=OUTSIDE_IDENTITY)
     # after a finished run the last checkpoint is only of use for longer training
-    keep_when_finished: bool = field(default=True, metadata=OUTSIDE_IDENTITY)
+    keep_when_finished: bool = field(default=False, metadata=OUTSIDE_IDENTITY)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,21 @@ Schema = TypeVar("Schema")
 
 RUNNER_KEYS = ("pipeline",)
 """Top-level keys that steer the runner and belong to no single run."""
+
+DIFF_GROUPS = ("experiment", "debug")
+"""Groups of train.yaml that change other groups and leave no key of their own."""
+
+TROUBLE = (
+    (r"Value '(.*)' of type '.*' could not be converted to Integer", "{0!r} is not a whole number"),
+    (r"Value '(.*)' of type '.*' could not be converted to Float", "{0!r} is not a number"),
+    (r"Value '(.*)' is not a valid bool.*", "{0!r} is neither true nor false"),
+    (r"Incompatible value 'None' for field of type '.*'", "null is not possible"),
+    (r"Cannot (?:convert|assign) .*(?:String|str\b.*string).*", "not a text"),
+    (r"Invalid value assigned: .* is not a ListConfig, list or tuple.*", "not a list; write [a,b]"),
+    (r"Cannot assign .* to Dict.*", "not a mapping; write {{key: value}}"),
+    (r"Merge error: .* is not a subclass of .*\. value: (.*)", "{0!r} is not a mapping of keys"),
+)
+"""What OmegaConf says of a wrong type, and how we say it."""
 
 
 def typed(cls: type[Schema], node: Any, where: str) -> Schema:
@@ -44,7 +60,7 @@ def typed(cls: type[Schema], node: Any, where: str) -> Schema:
         raise _unknown_key(cls, where, error) from None
     except ValidationError as error:
         key = _join(where, error.full_key)
-        raise UserError(f"{_first_line(error)}", key, "see the comment above this key in conf/") from None
+        raise UserError(in_plain_words(_first_line(error)), key, "see the comment above this key in conf/") from None
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error), where) from None
 
@@ -62,12 +78,13 @@ def train_config(composed: DictConfig) -> schema.TrainConfig:
     task = tree.pop("task", None)
     if not isinstance(task, dict) or "name" not in task:
         raise UserError("no task is named", "task", f"choose one: task={'|'.join(schema.TASKS)}")
-    task_schema = schema.TASKS.get(str(task["name"]))
+    task_name = str(task["name"])
+    task_schema = schema.TASKS.get(task_name)
     if task_schema is None:
-        raise UserError(f"unknown task '{task['name']}'", "task.name", suggestion(str(task["name"]), schema.TASKS))
+        raise UserError(f"unknown task '{task_name}'", "task.name", suggestion(task_name, schema.TASKS))
     # validated one level down, so that messages carry the group's name
     groups = {f.name: _schema_of(f) for f in dataclasses.fields(schema.TrainConfig)}
-    for name, node in tree.items():
+    for name, node in [(str(key), value) for key, value in tree.items()]:
         cls = groups.get(name)
         if cls is not None:
             tree[name] = typed(cls, node if node is not None else {}, name)
@@ -92,6 +109,9 @@ def suggestion(word: str, known: Any) -> str:
     names = [str(name) for name in known]
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     if near:
+        # much nearer than the others: only that one
+        best = difflib.SequenceMatcher(a=near[0], b=word).ratio()
+        near = [name for name in near if difflib.SequenceMatcher(a=name, b=word).ratio() > best - 0.15]
         return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
     return "known: " + ", ".join(names)
 
@@ -104,15 +124,29 @@ def _schema_of(f: dataclasses.Field[Any]) -> type | None:
 
 def known_keys(dotted: str, root: type = schema.TrainConfig) -> list[str]:
     """The keys that stand beside the last part of a dotted key, by the schema; empty when its parents are unknown."""
+    parents = dotted.split(".")[:-1]
+    if parents[:-1] == ["pipeline", "definitions"]:
+        return sorted(f.name for f in dataclasses.fields(schema.StageConfig))
     level: list[type] = [root]
-    for part in dotted.split(".")[:-1]:
+    for part in parents:
         level = [cls for parent in level for cls in _schemas_of(parent, part)]
-    return sorted({f.name for cls in level for f in dataclasses.fields(cls)})
+    names = {f.name for cls in level for f in dataclasses.fields(cls)}
+    return sorted(names.union(RUNNER_KEYS, DIFF_GROUPS) if level == [schema.TrainConfig] else names)
+
+
+def in_plain_words(text: str) -> str:
+    """OmegaConf's complaint about a type in words of ours; unchanged if it is none of the known ones."""
+    for pattern, words in TROUBLE:
+        if match := re.match(pattern, text):
+            return words.format(*match.groups())
+    return text
 
 
 def _schemas_of(parent: type, name: str) -> list[type]:
     if parent is schema.TrainConfig and name == "task":
         return list(schema.TASKS.values())
+    if parent is schema.TrainConfig and name == "pipeline":
+        return [schema.PipelineConfig]
     found = [_schema_of(f) for f in dataclasses.fields(parent) if f.name == name]
     return [cls for cls in found if cls is not None]
 
@@ -121,7 +155,12 @@ def _unknown_key(cls: type, where: str, error: ConfigKeyError) -> UserError:
     full_key = str(error.full_key or error.key)
     leaf = full_key.rsplit(".", 1)[-1]
     known = known_keys(full_key, cls)
-    return UserError(f"unknown key '{leaf}'", _join(where, full_key), suggestion(leaf, known) if known else "")
+    return UserError(f"unknown key '{leaf}'", _join(where, full_key), key_mend(leaf, known) if known else "")
+
+
+def key_mend(leaf: str, known: list[str]) -> str:
+    """What to do about an unknown key; one that `known` has all the same belongs to another choice of its group."""
+    return "another choice of this group has it, yours has not" if leaf in known else suggestion(leaf, known)
 
 
 def _join(where: str, key: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,16 +38,30 @@ def score_rows(
     device = next(model.parameters()).device
     pairs = isinstance(data, EncodedPairs)
     scores = np.full((len(data), 2) if pairs else len(data), np.nan)
-    precision: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
-    was_training = model.training
+    with evaluating(model, autocast=autocast):
+        loader: EvalLoader[Any] = EvalLoader(data, batch_size=batch_size)
+        for item in loader:
+            batch = item.batch.to(device)
+            tokens = batch.tokens if isinstance(batch, PairBatch) else batch
+            flat = model(tokens.input_ids, tokens.attention_mask)[head].squeeze(-1).float().cpu().numpy()  # (S,)
+            scores[item.indices] = flat.reshape(2, -1).T if pairs else flat
+    return scores
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, autocast: bool = False) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module is in the mode it was in.
+
+    Args:
+        model: on the device it is to run on.
+        autocast: compute in bfloat16.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
     model.eval()
     try:
-        with torch.inference_mode(), precision:
-            for item in EvalLoader(data, batch_size=batch_size):
-                batch = item.batch.to(device)
-                tokens = batch.tokens if isinstance(batch, PairBatch) else batch
-                flat = model(tokens.input_ids, tokens.attention_mask)[head].squeeze(-1).float().cpu().numpy()  # (S,)
-                scores[item.indices] = flat.reshape(2, -1).T if pairs else flat
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            yield
     finally:
-        model.train(was_training)
-    return scores
+        for module, training in modes:
+            module.training = training

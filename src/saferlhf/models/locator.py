@@ -1,6 +1,7 @@
 """Locator: one string names any model, one resolver finds it.
 
     outputs/cost/0123456789        a run folder: its export
+    outputs/cost                   the folder of a name, as long as it holds one run
     outputs/cost/0123456789/export an export folder
     some/folder                    a plain Hugging Face folder
     organisation/model[@revision]  a Hugging Face name
@@ -128,10 +129,12 @@ def _folder(text: str, folder: Path) -> Location:
             f"the run {text!r} has no export yet{_status(folder)}", "", "finish it: type its command again; then use it"
         )
     runs = sorted(p.name for p in folder.iterdir() if p.is_dir() and any((p / mark).is_file() for mark in RUN_MARKS))
+    if len(runs) == 1:  # outputs/<name>, as long as that names one run
+        return _folder(text, folder / runs[0])
     if runs:
         shown = ", ".join(runs[:5]) + (", ..." if len(runs) > 5 else "")
         raise UserError(
-            f"{text!r} holds runs ({shown}), it is none itself", "", f"name one: {text.rstrip('/')}/{runs[0]}"
+            f"{text!r} holds several runs ({shown})", "", f"name one: {text.rstrip('/')}/{runs[0]}"
         )
     raise UserError(
         f"the folder {text!r} is no model: neither saferlhf.json nor config.json in it", "", f"name {KINDS}"

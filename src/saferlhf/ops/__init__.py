@@ -1,1 +1,1 @@
-
+"""Pure functions: tensors and arrays in, tensors and arrays out."""

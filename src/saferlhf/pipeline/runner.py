@@ -1,198 +1,170 @@
 """A pipeline: stages as normal runs, cached by run identity.
 
-Each stage is composed, checked and identified here, before anything starts, so a typo in the last stage fails at once.
-A stage whose run folder is finished is not run again; one that was killed goes on from its checkpoint: that is nothing
-but the run's own rule. What the user typed on the command line applies to all stages and wins over their definitions.
+Each stage is composed and checked before anything starts, so a typo in the last stage fails at once. A stage whose run
+folder is finished is not run again; one that was killed goes on from its checkpoint: that is nothing but the run's own
+rule. The pipeline's own folder, `<output_root>/<name>/<hash10>`, holds its status, the stages' logs and their metrics.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saferlhf.config.arguments import merged
 from saferlhf.config.files import read_json, write_json
-from saferlhf.config.identity import run_hash
-from saferlhf.config.run_folder import FINISHED, RunFolder
-from saferlhf.config.schema import PipelineConfig, StageConfig, TrainConfig
-from saferlhf.config.validate import suggestion
-from saferlhf.errors import UserError
-from saferlhf.pipeline.launcher import Job, JobResult, cpu_share, launch
+from saferlhf.config.identity import identity_tree, run_hash
+from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
+from saferlhf.config.schema import TrainConfig
+from saferlhf.pipeline.launcher import Job, JobResult, cpu_share, last_words, launch
 from saferlhf.pipeline.screen import StageScreen
-from saferlhf.run.prepare import locate_run
+from saferlhf.pipeline.stages import Stage, Stages
 from saferlhf.run.screen import metrics_overview
-
-Compose = Callable[[Sequence[str]], TrainConfig]
-"""Overrides -> checked config of one run."""
-
-
-@dataclass
-class Stage:
-    """A stage with its place in the order."""
-
-    name: str
-    definition: StageConfig
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Stages whose runs are inputs of this one."""
-        return tuple(self.definition.inputs.values())
+from saferlhf.tracking import ui_command
 
 
 class PipelineFailed(Exception):
-    """A stage did not finish; the message is for the screen already."""
+    """A stage did not finish; the message is for the screen already, the code is the stage's."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
 
 
-def run_pipeline(
-    config: PipelineConfig,
-    *,
-    compose: Compose,
-    overrides: Sequence[str],
-    flags: Sequence[str] = (),
-    tracked: bool = True,
-) -> dict[str, float]:
+def run_pipeline(stages: Stages, *, flags: Sequence[str] = ()) -> dict[str, float]:
     """Run all stages that are not finished yet.
 
     Args:
-        config: the stages.
-        compose: from overrides to a run's config.
-        overrides: what the user typed, without the pipeline's own keys.
+        stages: what to run.
         flags: Hydra flags to hand on, such as `--config-dir`.
-        tracked: whether the stages get an MLflow parent run.
 
     Returns:
         Metrics of all stages, each name prefixed with `<stage>/`.
 
     Raises:
-        UserError: a stage is unknown, or its config is wrong.
+        UserError: a stage that is needed was never run, or another process runs this pipeline.
         PipelineFailed: a stage did not finish.
+        KeyboardInterrupt: a person or the system asked for an end; all stages were stopped.
     """
-    stages = _stages(config)
-    first = compose(_stage_overrides(stages[0], overrides, {}, config.name))
-    summary = RunFolder(Path(first.output_root) / config.name / _pipeline_hash(config, overrides))
-    for stage in stages:  # fail at once, not at the last stage
-        inputs = dict.fromkeys(stage.definition.inputs, "placeholder")
-        compose([o for o in _stage_overrides(stage, overrides, inputs, config.name) if not o.endswith("=placeholder")])
-    parent = _Parent(first, config.name, summary) if tracked and first.tracking.name == "mlflow" else None
-    summary.acquire()
-    folders: dict[str, Path] = {}
-    screen = StageScreen([stage.name for stage in stages])
     started = time.monotonic()
-
-    def job_of(stage: Stage) -> Job:
-        def resolve() -> tuple[list[str], RunFolder]:
-            inputs = {key: str(folders[need]) for key, need in stage.definition.inputs.items()}
-            typed = _stage_overrides(stage, overrides, inputs, config.name)
-            folder = locate_run(compose(typed)).folder
-            folders[stage.name] = folder.path
-            screen.found(stage.name, folder)
-            return typed, folder
-
-        def command() -> list[str]:
-            typed, folder = resolve()
-            if folder.status().get("status") == FINISHED:
-                return [sys.executable, "-c", ""]
-            extra = ["trainer.progress=none"]
-            if not any(o.startswith("trainer.threads=") for o in typed):
-                extra.append(f"trainer.threads={cpu_share(_width(stages, stage, config.parallel))}")
-            if parent is not None:
-                extra.append(f"tracking.parent_run_id={parent.run_id()}")
-            return [sys.executable, "-m", "saferlhf.cli", "train", *flags, *typed, *extra]
-
-        log = summary.path / f"{stage.name}.log"
-        return Job(stage.name, command, log, tuple(n for n in stage.needs if n in {s.name for s in stages}))
-
-    folders.update(_earlier(config, stages, compose, overrides))
-    code = "failed"
+    folders = stages.earlier()
+    for stage in stages.asked:
+        if not stage.needs:  # files and models that are not there: before anything is written
+            stages.locate(stage, {})
+    first = stages.configs[stages.asked[0].name]
+    summary = RunFolder(Path(first.output_root) / stages.prefix / _pipeline_hash(stages))
+    parent = _Parent(first, stages, summary)
+    summary.acquire()
+    end = FAILED
     try:
-        with screen:
-            results = launch([job_of(s) for s in stages], at_once=config.parallel, on_poll=screen.poll)
-        code = "finished" if all(r.code == 0 for r in results.values()) else "failed"
-        if code == "failed":
+        with StageScreen([stage.name for stage in stages.asked]) as screen:
+            jobs = _Jobs(stages, folders, summary, parent, screen, flags)
+            results = launch(jobs.all(), at_once=stages.pipeline.parallel, on_poll=screen.poll)
+        if any(result.code != 0 for result in results.values()):
             raise _failure(results, summary)
+        _check_places(folders)
+        end = FINISHED
     except KeyboardInterrupt:
-        code = "killed"
+        end = KILLED
         raise
     finally:
-        summary.update_status(status=code, stages={k: str(v) for k, v in folders.items()})
+        summary.update_status(status=end, stages={name: str(path) for name, path in folders.items()})
         summary.release()
-        if parent is not None:
-            parent.finish(code)
-    metrics = {f"{s.name}/{k}": v for s in stages for k, v in (read_json(folders[s.name] / "metrics.json") or {}).items()}
+        parent.finish(end)
+    own = {stage.name: folders[stage.name] for stage in stages.asked}
+    found = {name: read_json(path / "metrics.json") or {} for name, path in own.items()}
+    metrics = {f"{stage}/{name}": value for stage, values in found.items() for name, value in values.items()}
     write_json(summary.metrics, metrics)
-    print(metrics_overview({s.name: folders[s.name] for s in stages}, time.monotonic() - started))
+    print(metrics_overview(own, time.monotonic() - started))
+    if ui := ui_command(first.tracking, Path(first.output_root)):
+        print(f"compare: {ui}")
     return metrics
 
 
-def _stages(config: PipelineConfig) -> list[Stage]:
-    unknown = [name for name in config.stages if name not in config.definitions]
-    if unknown:
-        raise UserError(f"unknown stage '{unknown[0]}'", "pipeline.stages", suggestion(unknown[0], config.definitions))
-    if not config.stages:
-        raise UserError("no stage is named", "pipeline.stages", f"choose from {list(config.definitions)}")
-    stages = [Stage(name, config.definitions[name]) for name in config.definitions if name in config.stages]
-    for stage in stages:
-        for need in stage.needs:
-            if need not in config.definitions:
-                where = f"pipeline.definitions.{stage.name}.inputs"
-                raise UserError(f"unknown stage '{need}'", where, suggestion(need, config.definitions))
-    return stages
+class _Jobs:
+    """From stages to the launcher's jobs; notes each run's folder as it becomes known."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        folders: dict[str, Path],
+        summary: RunFolder,
+        parent: _Parent,
+        screen: StageScreen,
+        flags: Sequence[str],
+    ) -> None:
+        self._stages, self._folders, self._summary = stages, folders, summary
+        self._parent, self._screen, self._flags = parent, screen, flags
+
+    def all(self) -> list[Job]:
+        return [self._job(stage) for stage in self._stages.asked]
+
+    def _job(self, stage: Stage) -> Job:
+        asked = {other.name for other in self._stages.asked}
+        log = self._summary.path / f"{stage.name}.log"
+        return Job(stage.name, lambda: self._command(stage), log, tuple(need for need in stage.needs if need in asked))
+
+    def _command(self, stage: Stage) -> list[str] | None:
+        """The process that runs the stage; None when its run is finished."""
+        folder = self._stages.locate(stage, self._folders).folder
+        self._folders[stage.name] = folder.path
+        self._screen.found(stage.name, folder)
+        if folder.status().get("status") == FINISHED:
+            return None
+        # the stage's own screen is its log file; its lines here come from its status file
+        extra = ["trainer.progress=none", *self._parent.overrides()]
+        if self._stages.configs[stage.name].trainer.threads is None:
+            extra.append(f"trainer.threads={cpu_share(self._width(stage))}")
+        overrides = merged(self._stages.overrides(stage, self._stages.inputs(stage, self._folders)), extra)
+        return [sys.executable, "-m", "saferlhf.cli", "train", *self._flags, *overrides]
+
+    def _width(self, stage: Stage) -> int:
+        """How many stages may run beside this one: those with the same needs."""
+        same = [other for other in self._stages.asked if other.needs == stage.needs]
+        return min(self._stages.pipeline.parallel, len(same))
 
 
-def _stage_overrides(stage: Stage, overrides: Sequence[str], inputs: dict[str, str], pipeline: str) -> list[str]:
-    named = [] if any(o.startswith("name=") for o in overrides) else [f"name={pipeline}-{stage.name}"]
-    given = [f"{key}={value}" for key, value in inputs.items()]
-    return [*stage.definition.overrides, *named, *overrides, *given]
-
-
-def _earlier(config: PipelineConfig, stages: list[Stage], compose: Compose, overrides: Sequence[str]) -> dict[str, Path]:
-    """Finished runs of stages that are needed but not asked for."""
-    asked, found = {stage.name for stage in stages}, {}
-    for need in dict.fromkeys(need for stage in stages for need in stage.needs if need not in asked):
-        stage = Stage(need, config.definitions[need])
-        if stage.needs:
-            raise UserError(f"stage '{need}' is needed but not asked for", "pipeline.stages", f"add {need} to the list")
-        run = locate_run(compose(_stage_overrides(stage, overrides, {}, config.name)))
-        if run.folder.status().get("status") != FINISHED:
-            raise UserError(f"stage '{need}' has no finished run yet", "pipeline.stages", f"add {need} to the list")
-        found[need] = run.folder.path
-    return found
-
-
-def _width(stages: Sequence[Stage], stage: Stage, parallel: int) -> int:
-    """How many stages may run beside this one: those with the same needs."""
-    return min(parallel, sum(1 for other in stages if other.needs == stage.needs))
-
-
-def _pipeline_hash(config: PipelineConfig, overrides: Sequence[str]) -> str:
-    return run_hash({"pipeline": config.name, "overrides": sorted(overrides)})
+def _pipeline_hash(stages: Stages) -> str:
+    """Of what the stages are and which were asked for; paths enter as they stand, since it only keeps logs apart."""
+    trees = {name: identity_tree(config, lambda _, value: value) for name, config in stages.configs.items()}
+    inputs = {stage.name: stage.definition.inputs for stage in stages.asked}
+    return run_hash({"pipeline": stages.pipeline.name, "stages": trees, "inputs": inputs})
 
 
 def _failure(results: dict[str, JobResult], summary: RunFolder) -> PipelineFailed:
-    bad = [(name, r.code) for name, r in results.items() if r.code not in (0, None)]
-    name, code = bad[0]
+    """The first failure in one line, and which others there were."""
+    bad = {name: result.code for name, result in results.items() if result.code not in (0, None)}
+    (name, code), others = next(iter(bad.items())), list(bad)[1:]
     log = summary.path / f"{name}.log"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    tail = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
-    return PipelineFailed(f"stage '{name}' did not finish: {tail.removeprefix('error: ')} (log: {log})", int(code or 1))
+    assert code is not None
+    ended = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+    reason = last_words(log)
+    text = f"stage '{name}' {ended}{f': {reason}' if reason else ''} (log: {log})"
+    text += f"; so did {', '.join(others)}" if others else ""
+    return PipelineFailed(text, code if code > 0 else 128 - code)
+
+
+def _check_places(folders: Mapping[str, Path]) -> None:
+    """A stage that ended well did so where it was expected, unless its code or data changed after we looked."""
+    for name, folder in folders.items():
+        if RunFolder(folder).status().get("status") != FINISHED:
+            text = f"stage '{name}' ended well, but not in {folder}: code or data changed meanwhile; start again"
+            raise PipelineFailed(text, 2)
 
 
 class _Parent:
     """The pipeline's own MLflow run, made when the first stage that needs it starts."""
 
-    def __init__(self, config: TrainConfig, name: str, summary: RunFolder) -> None:
-        self._config, self._name, self._summary = config, name, summary
+    def __init__(self, config: TrainConfig, stages: Stages, summary: RunFolder) -> None:
+        self._config, self._stages, self._summary = config, stages, summary
         self._logger: Any = None
 
-    def run_id(self) -> str:
-        """The id that the stages name as their parent."""
+    def overrides(self) -> list[str]:
+        """What the stages are told of their parent."""
+        if self._config.tracking.name == "none":
+            return []
         if self._logger is None:
             from saferlhf.tracking import build_logger
 
@@ -200,14 +172,15 @@ class _Parent:
                 self._config.tracking,
                 output_root=Path(self._config.output_root),
                 run_folder=self._summary.path,
-                run_name=self._name,
+                run_name=f"{self._stages.prefix}/{self._summary.path.name}",
                 identity=self._summary.path.name,
+                tags={"pipeline": self._stages.pipeline.name},
                 resume_run_id=self._summary.status().get("mlflow_run_id"),
             )
             self._summary.update_status(mlflow_run_id=self._logger.run_id)
-        return str(self._logger.run_id)
+        return [f"tracking.parent_run_id={self._logger.run_id}"]
 
     def finish(self, status: str) -> None:
         """End the run if it was begun."""
         if self._logger is not None:
-            self._logger.finish({"finished": "FINISHED", "killed": "KILLED"}.get(status, "FAILED"))
+            self._logger.finish({FINISHED: "FINISHED", KILLED: "KILLED"}.get(status, "FAILED"))

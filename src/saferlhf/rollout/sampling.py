@@ -1,8 +1,8 @@
 """Sampling responses whose randomness belongs to the row, not to the batch.
 
-Token t of sample s of a row is drawn by inverse transform: one uniform number u in [0, 1) from a counter-based generator
-keyed by (seed, row id, s), position t; the token is the first whose cumulative probability exceeds u. The same row
-therefore gets the same noise in any batch, order, batch size or number of processes.
+Token t of sample s of a row is drawn by inverse transform: one uniform number u in [0, 1) from a counter-based
+generator keyed by (seed, row id, s), position t; the token is the first whose cumulative probability exceeds u. The
+same row therefore gets the same noise in any batch, order, batch size or number of processes.
 
 Log-probabilities are those of the sampling distribution softmax(logits / temperature), nothing cut off: no top-k, no
 top-p (trap 4 of docs/architecture.md).
@@ -73,7 +73,9 @@ def sample_responses(
             chosen = order[start : start + batch_size]
             noise = np.stack([row_noise(seed, row_ids[i], sample, max_new_tokens) for i in chosen])
             batch = [list(prompts[i]) for i in chosen]
-            for i, result in zip(chosen, _batch(model, batch, noise, eos_token_id, pad_token_id, temperature), strict=True):
+            for i, result in zip(
+                chosen, _batch(model, batch, noise, eos_token_id, pad_token_id, temperature), strict=True
+            ):
                 results[i] = result
     finally:
         model.train(was_training)

@@ -1,7 +1,7 @@
 """`evaluate.py`: a trained reward or cost model on any rows.
 
-Results are a run folder of their own, found again by identity like any run: the model enters by its content, the rows by
-theirs.
+Results are a run folder of their own, found again by identity like any run: the model enters by its content, the rows
+by theirs.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from typing import Any
 
 import yaml
 
+from saferlhf.config.checks import check_evaluate
 from saferlhf.config.files import read_json, write_json, write_text
-from saferlhf.config.identity import run_hash
-from saferlhf.config.run_folder import FAILED, FINISHED, RunFolder
+from saferlhf.config.identity import identity_tree, run_hash
+from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
 from saferlhf.config.schema import EvaluateConfig
 from saferlhf.data.build import build_data, data_fingerprint
+from saferlhf.data.checks import check_policy
 from saferlhf.data.rows import PreferencePair
 from saferlhf.errors import UserError
 from saferlhf.models.locator import content_id_of, resolve
-from saferlhf.models.metadata import read_metadata
+from saferlhf.models.metadata import ExportMetadata, read_metadata
 from saferlhf.run.screen import say, say_evaluation
 
-SCORED = {"reward": ("better_response_id",), "cost": ("safer_response_id",)}
-"""Kinds of models that score pairs, and the label each is held against."""
+SCORED = ("reward", "cost")
+"""Kinds of models that score pairs."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -34,27 +36,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     Raises:
         UserError: no such model, a model without the needed head, or rows without the needed labels.
     """
-    if config.mode != "score":
-        raise UserError(f"mode '{config.mode}' is not possible", "mode", "mode=score")
-    if config.split not in ("train", "val", "test"):
-        raise UserError(f"there is no split '{config.split}'", "split", "choose train, val or test")
+    check_evaluate(config)
+    check_policy(config.data.policy)
     root = Path(config.output_root)
-    assert config.model is not None
-    location = resolve(config.model, output_root=root)
+    location = resolve(str(config.model), output_root=root)
     if location.kind != "export" or location.folder is None:
         raise UserError(f"'{config.model}' has no score heads", "model", "name a run of task=reward or task=cost")
-    kind = read_metadata(location.folder).kind
-    if kind not in SCORED:
-        raise UserError(f"'{config.model}' is a model of kind '{kind}'", "model", "suite=preference needs reward or cost")
-    identity = {
-        "evaluate": config.suite.name,
-        "model": content_id_of(location, output_root=root),
-        "data": {**asdict(config.data), "path": None, "test_path": None, "root": None},
-        "data_fingerprint": data_fingerprint(config.data),
-        "split": config.split,
-        "seed": config.seed,
-        "evaluation": asdict(config.evaluation),
-    }
+    metadata = read_metadata(location.folder)
+    if metadata.kind not in SCORED:
+        what = f"'{config.model}' is a model of kind '{metadata.kind}' without score heads"
+        raise UserError(what, "model", "name a run of task=reward or task=cost")
+    identity = _identity(config, content_id_of(location, output_root=root, cache_dir=config.cache_dir))
     folder = RunFolder(root / config.name / run_hash(identity))
     if folder.status().get("status") == FINISHED:
         metrics = read_json(folder.metrics) or {}
@@ -62,40 +54,97 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         say_evaluation(folder, metrics, config.evaluation.confidence)
         return metrics
     folder.acquire()
+    end = FAILED
+    tracker: Any = None
     try:
-        metrics = _score(config, kind, folder)
-        folder.update_status(status=FINISHED, finished=time.time())
+        tracker = _start_tracking(config, folder, metadata)
+        metrics = _score(config, metadata, folder)
+        _track(tracker, folder, metrics)
+        tracker.finish("FINISHED")
+        end = FINISHED
+    except KeyboardInterrupt:
+        end = KILLED
+        raise
     except BaseException as error:
-        folder.update_status(status=FAILED, error=str(error)[:2000])
+        folder.update_status(error=str(error)[:2000])
         raise
     finally:
+        folder.update_status(status=end, **({"finished": time.time()} if end == FINISHED else {}))
         folder.release()
+        if tracker is not None:
+            tracker.finish({KILLED: "KILLED", FAILED: "FAILED"}.get(end, "FINISHED"))
     say_evaluation(folder, metrics, config.evaluation.confidence)
     return metrics
 
 
-def _score(config: EvaluateConfig, kind: str, folder: RunFolder) -> dict[str, float]:
+def _identity(config: EvaluateConfig, model: str) -> dict[str, Any]:
+    """What makes the numbers: the model and the rows by content, and how they are measured."""
+    return {
+        "evaluate": asdict(config.suite),
+        "model": model,
+        "data": identity_tree(config.data, lambda key, value: "by fingerprint"),
+        "data_fingerprint": data_fingerprint(config.data),
+        "split": config.split,
+        "seed": config.seed,
+        "evaluation": asdict(config.evaluation),
+        "precision": config.trainer.precision,
+    }
+
+
+def _start_tracking(config: EvaluateConfig, folder: RunFolder, metadata: ExportMetadata) -> Any:
+    from saferlhf.tracking import build_logger
+
+    tracker = build_logger(
+        config.tracking,
+        output_root=Path(config.output_root),
+        run_folder=folder.path,
+        run_name=f"{config.name}/{folder.path.name}",
+        identity=folder.path.name,
+        tags={"suite": config.suite.name, "kind": metadata.kind, "data": config.data.name, "model": config.model},
+        resume_run_id=folder.status().get("mlflow_run_id"),
+    )
+    folder.update_status(mlflow_run_id=tracker.run_id)
+    tracker.log_hyperparams(asdict(config))
+    return tracker
+
+
+def _track(tracker: Any, folder: RunFolder, metrics: dict[str, float]) -> None:
+    tracker.log_metrics(metrics, step=0)
+    for name in ("config.yaml", "metrics.json", "data_report.json", "report.html"):
+        tracker.log_artifact(folder.path / name)
+
+
+def _score(config: EvaluateConfig, metadata: ExportMetadata, folder: RunFolder) -> dict[str, float]:
+    import torch
+
     from saferlhf.data.encode import Encoder
     from saferlhf.evaluation.plots import score_histograms
     from saferlhf.evaluation.report import write_report
     from saferlhf.evaluation.score import score_rows
     from saferlhf.models.export import load_export
-    from saferlhf.run.measure import device_for, pair_metrics
+    from saferlhf.run.measure import pair_metrics
+    from saferlhf.run.plan import device_kind
 
-    rows = build_data(config.data, PreferencePair, SCORED[kind])
+    device = torch.device("cuda" if device_kind(config.trainer.accelerator) == "gpu" else "cpu")
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    kind = metadata.kind
+    preference = "safer" if kind == "cost" else str(metadata.extra.get("preference", "better"))
+    rows = build_data(config.data, PreferencePair, (f"{preference}_response_id",))
     part: list[Any] = getattr(rows, config.split)
     if not part:
-        raise UserError(f"the split '{config.split}' has no rows", "split", "choose another, or change data.test_fraction")
+        raise UserError(
+            f"the split '{config.split}' has no rows", "split", "choose another, or change data.test_fraction"
+        )
     if config.evaluation.max_rows:
         part = part[: config.evaluation.max_rows]
     loaded = load_export(str(config.model), output_root=config.output_root, cache_dir=config.cache_dir)
     encoder = Encoder.build(loaded.tokenizer, loaded.metadata.template, loaded.metadata.max_length or 512)
     encoded = encoder.pairs(part, config.split, rows.report, config.data.policy)
-    model = loaded.model.to(device_for(config.trainer.accelerator))
+    model = loaded.model.to(device)
     say(f"scoring {len(encoded):,} pairs with {config.model}")
     autocast = config.trainer.precision != "32-true"
     scores = score_rows(model, encoded, batch_size=config.trainer.eval_batch_size, autocast=autocast)
-    preference = "safer" if kind == "cost" else "better"
     metrics = pair_metrics(
         list(encoded.rows),
         scores,

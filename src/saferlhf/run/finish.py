@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-
 from saferlhf import __version__
 from saferlhf.config.files import write_json, write_text
 from saferlhf.config.schema import TrainConfig
@@ -50,8 +49,9 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
             data_report=data_report,
             config=yaml.safe_dump(asdict(config), sort_keys=False),
             data_licence=prepared.rows.licence,
-            protocol=f"test split of {config.data.name}, intervals {config.evaluation.confidence:.0%} by bootstrap over "
-            f"prompts ({config.evaluation.bootstrap_draws:,} draws), seed {config.seed}, data {prepared.rows.fingerprint}",
+            protocol=f"test split of {config.data.name}, intervals {config.evaluation.confidence:.0%} by bootstrap over"
+            f" prompts ({config.evaluation.bootstrap_draws:,} draws), seed {config.seed},"
+            f" data {prepared.rows.fingerprint}",
         )
 
     assert prepared.task.model is not None
@@ -86,9 +86,6 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
     )
     write_json(folder.metrics, evaluation.metrics)
     _track(prepared, evaluation, tracker)
-    if not config.checkpoint.keep_when_finished:
-        for state in folder.checkpoints.glob("*.ckpt"):
-            state.unlink()
 
 
 def reproduce(config: TrainConfig) -> str:
@@ -129,5 +126,3 @@ def _track(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
     tracker.set_tags({"export_folder": str(folder.export.resolve()), "run_folder": str(folder.path.resolve())})
     tracker.register_model(folder.export)
     tracker.flush()
-
-

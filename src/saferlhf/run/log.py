@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -22,7 +23,8 @@ class _Tee:
         plain = _ESCAPES.sub("", text)
         # a bar redraws itself with escapes and carriage returns; the lines callback writes none
         if plain and "\r" not in plain and (plain == text or plain.strip()):
-            self._log.write(plain)
+            with suppress(OSError):  # a full disk must not take the screen away
+                self._log.write(plain)
         return written if written is not None else len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -39,7 +41,7 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed on exit
+        self._log = open(self.path, "a", buffering=1, encoding="utf-8")
         self._streams = (sys.stdout, sys.stderr)
         sys.stdout, sys.stderr = _Tee(sys.stdout, self._log), _Tee(sys.stderr, self._log)
         return self
@@ -49,7 +51,8 @@ class RunLog:
     ) -> None:
         sys.stdout, sys.stderr = self._streams
         if self._log is not None:
-            if error is not None:
-                self._log.write(f"{kind.__name__ if kind else 'error'}: {error}\n")
-            self._log.close()
+            with suppress(OSError):
+                if error is not None:
+                    self._log.write(f"{kind.__name__ if kind else 'error'}: {error}\n")
+                self._log.close()
             self._log = None

@@ -1,4 +1,4 @@
-"""Final measurements of a run, by task: on the validation and the test rows, and against ground truth where there is one."""
+"""Final measurements of a run, by task: on the validation and the test rows, and against truth where there is one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from saferlhf.config.schema import EvaluationConfig
+from saferlhf.data.encode import Encoded
 from saferlhf.data.rows import PreferencePair
 from saferlhf.evaluation.plots import score_histograms
 from saferlhf.evaluation.preference import evaluate_preference
 from saferlhf.evaluation.score import score_rows
 from saferlhf.evaluation.truth import evaluate_against_truth, evaluate_damaged
+from saferlhf.run.rows import first_rows
 from saferlhf.run.stages import Evaluation, PreparedRun
 
 DAMAGED_PROMPTS = 300
@@ -37,9 +39,7 @@ def _measure_scores(prepared: PreparedRun, model: torch.nn.Module) -> Evaluation
     metrics: dict[str, float] = {}
     histograms: list[Any] = []
     samples: list[dict[str, Any]] = []
-    for split, data in (("val", prepared.encoded.val), ("test", prepared.encoded.test)):
-        if not len(data):
-            continue
+    for split, data in measured_splits(prepared):
         scores = score_rows(model, data, batch_size=config.trainer.eval_batch_size, autocast=autocast)  # type: ignore[arg-type]
         rows: list[PreferencePair] = list(data.rows)  # type: ignore[arg-type]
         metrics |= pair_metrics(
@@ -58,6 +58,13 @@ def _measure_scores(prepared: PreparedRun, model: torch.nn.Module) -> Evaluation
     if config.data.source == "toyworld":
         metrics |= _measure_damaged(prepared, model, kind, preference)
     return Evaluation(metrics, histograms, samples)
+
+
+def measured_splits(prepared: PreparedRun) -> list[tuple[str, Encoded]]:
+    """(name, rows) of the held-out splits that have rows, `evaluation.max_rows` of each at most."""
+    encoded, limit = prepared.encoded, prepared.config.evaluation.max_rows
+    splits = (("val", encoded.val), ("test", encoded.test))
+    return [(name, first_rows(data, limit)) for name, data in splits if len(data)]
 
 
 def pair_metrics(

@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from saferlhf.data.loader import EvalLoader
 from saferlhf.data.templates import end_id, pad_id
 from saferlhf.evaluation.likelihood import evaluate_likelihood
 from saferlhf.evaluation.policy import evaluate_policy_against_truth
+from saferlhf.evaluation.score import evaluating
 from saferlhf.rollout.sampling import sample_responses
+from saferlhf.run.measure import measured_splits
+from saferlhf.run.rows import first_rows
 from saferlhf.run.stages import Evaluation, PreparedRun
 from saferlhf.tasks.scoring import gather
 
@@ -26,9 +28,8 @@ SAMPLES = {"toyworld": 400, "file": 16}
 def measure_sft(prepared: PreparedRun) -> Evaluation:
     """Likelihood on validation and test rows, and samples."""
     metrics: dict[str, float] = {}
-    for split, data in (("val", prepared.encoded.val), ("test", prepared.encoded.test)):
-        if len(data):
-            metrics |= _likelihood(prepared, split, data)
+    for split, data in measured_splits(prepared):
+        metrics |= _likelihood(prepared, split, data)
     samples, more = _samples(prepared)
     return Evaluation(metrics | more, [], samples)
 
@@ -37,13 +38,11 @@ def _likelihood(prepared: PreparedRun, split: str, data: Any) -> dict[str, float
     config, task = prepared.config, prepared.task
     assert task.model is not None
     device = next(task.model.parameters()).device
-    task.model.eval()
     outputs, order = [], []
-    with torch.inference_mode():
+    with evaluating(task.model, autocast=config.trainer.precision != "32-true"):
         for item in EvalLoader(data, batch_size=config.trainer.eval_batch_size):
             outputs.append(task.outputs(item.batch.to(device)))
             order.append(item.indices)
-    task.model.train()
     place = np.argsort(np.concatenate(order))
     return evaluate_likelihood(
         data.rows,
@@ -58,7 +57,8 @@ def _likelihood(prepared: PreparedRun, split: str, data: Any) -> dict[str, float
 
 def _samples(prepared: PreparedRun) -> tuple[list[dict[str, Any]], dict[str, float]]:
     config, tokenizer = prepared.config, prepared.tokenizer
-    rows = list(prepared.encoded.test.rows)[: SAMPLES[config.data.source]]
+    test: Any = first_rows(prepared.encoded.test, config.evaluation.max_rows)
+    rows = list(test.rows)[: SAMPLES[config.data.source]]
     if not rows:
         return [], {}
     encoder = prepared.encoded.encoder

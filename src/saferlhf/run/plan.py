@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from saferlhf.config.run_folder import FINISHED, RunFolder
 from saferlhf.config.schema import TrainConfig
+from saferlhf.errors import UserError
 from saferlhf.run.rows import EncodedSplits
 from saferlhf.run.trainer import micro_batch_size, validation_interval
 from saferlhf.tasks.base import SupervisedTask
@@ -16,9 +18,24 @@ GIB = 2**30
 
 
 def plan_rows(
-    config: TrainConfig, encoded: EncodedSplits, task: SupervisedTask, steps: int, folder: Path
+    config: TrainConfig,
+    encoded: EncodedSplits,
+    task: SupervisedTask,
+    steps: int,
+    folder: Path,
+    *,
+    start: str | None = None,
 ) -> list[tuple[str, str]]:
-    """Lines of the plan; builds the model, since only the real one tells its size."""
+    """Lines of the plan; builds the model, since only the real one tells its size.
+
+    Args:
+        start: where the weights will come from, if that is not there yet: then the run has no folder yet either, and
+            `folder` is only the beginning of its path.
+
+    Raises:
+        UserError: the device that is asked for is not there.
+    """
+    device = _device(config)
     task.configure_model()
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     frozen = sum(_elements(p) for p in task.parameters() if not p.requires_grad)
@@ -27,15 +44,16 @@ def plan_rows(
     states = 2 * gradients if config.optimizer.name == "adamw" else 2 * trained
     lengths = np.asarray(encoded.train.lengths)
     longest = int(lengths.max())
-    start = config.init or ("random weights" if config.backbone.architecture else str(config.backbone.model))
+    given = config.init or ("random weights" if config.backbone.architecture else str(config.backbone.model))
     rows = f"{len(encoded.train):,} train, {len(encoded.val):,} validation, {len(encoded.test):,} test"
     trainer = config.trainer
-    device = trainer.accelerator if trainer.accelerator != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
+    epochs = steps * trainer.batch_size / len(encoded.train)
     return [
-        ("task", f"{config.task.name} with {config.backbone.name}, {config.adapter.name} adapter, from {start}"),
+        ("task", f"{config.task.name} with {config.backbone.name}, {config.adapter.name} adapter"),
+        ("starts from", start or given),
         ("data", f"{config.data.name}: {rows}; {lengths.mean():.0f} tokens on average, {longest} at most"),
         ("parameters", f"{trained:,} trained, {frozen:,} frozen"),
-        ("steps", f"{steps:,} of {trainer.batch_size} rows ({steps * trainer.batch_size / len(encoded.train):.2f} epochs)"),
+        ("steps", f"{steps:,} of {trainer.batch_size} rows ({epochs:.2f} epochs)"),
         ("", f"in micro-batches of {micro_batch_size(config)}; validation every {validation_interval(config, steps)}"),
         ("learning rate", f"{config.optimizer.lr:g}, {config.schedule.name}, {config.optimizer.name}"),
         ("device", f"{trainer.devices} x {device}, {trainer.precision}, {torch.get_num_threads()} CPU threads"),
@@ -44,8 +62,38 @@ def plan_rows(
             f"weights {weights / GIB:.3f} GiB, gradients {gradients / GIB:.3f} GiB, optimizer {states / GIB:.3f} GiB; "
             "activations come on top",
         ),
-        ("results", str(folder)),
+        ("results", _place(config, folder) if start is None else f"below {folder}, known when that run is finished"),
     ]
+
+
+def device_kind(accelerator: str) -> str:
+    """What `auto` means on this machine: cpu | gpu.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    there = torch.cuda.is_available()
+    if accelerator == "gpu" and not there:
+        raise UserError(
+            "PyTorch finds no GPU on this machine", "trainer.accelerator", "trainer=cpu, or trainer=default"
+        )
+    return "gpu" if there and accelerator != "cpu" else "cpu"
+
+
+def _device(config: TrainConfig) -> str:
+    device = device_kind(config.trainer.accelerator)
+    if device == "cpu" and config.optimizer.name != "adamw":
+        raise UserError("8-bit optimizers need a GPU", f"optimizer={config.optimizer.name}", "optimizer=adamw")
+    return device
+
+
+def _place(config: TrainConfig, folder: Path) -> str:
+    """The run's folder; in a mere plan also what an earlier start of the run left there."""
+    status = RunFolder(folder).status() if config.plan.only else {}
+    known, step = status.get("status"), status.get("step")
+    if known is None:
+        return str(folder)
+    return f"{folder} ({known}{f' at step {step}' if step and known != FINISHED else ''})"
 
 
 def _elements(parameter: torch.nn.Parameter) -> int:

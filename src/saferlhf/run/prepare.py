@@ -13,6 +13,7 @@ from saferlhf.config.identity import identity_tree, run_hash
 from saferlhf.config.run_folder import RunFolder, fresh_folder, latest_folder
 from saferlhf.config.schema import TrainConfig
 from saferlhf.data.build import data_fingerprint
+from saferlhf.data.checks import check_policy
 from saferlhf.errors import UserError
 from saferlhf.models.locator import content_id_of
 from saferlhf.models.source import backbone_content_id
@@ -39,6 +40,7 @@ def checked(config: TrainConfig) -> TrainConfig:
     """Defaults filled in, impossible combinations refused."""
     config = fill_defaults(config)
     check_config(config)
+    check_policy(config.data.policy)
     return config
 
 
@@ -73,10 +75,13 @@ def locate_run(config: TrainConfig) -> LocatedRun:
 
 def _named_folder(path: Path, tree: dict[str, Any]) -> Path:
     """The run folder that a path names (itself, or a checkpoint in it), if it is the same run."""
-    folder = path.parent.parent if path.suffix == ".ckpt" else path
+    checkpoint = path.suffix == ".ckpt"
+    folder = path.parent.parent if checkpoint else path
     stored = read_json(folder / "identity.json")
-    if stored is None:
-        raise UserError(f"'{path}' is no run folder and no checkpoint in one", "resume", "resume=auto finds it by itself")
+    if stored is None or (checkpoint and not path.exists()):
+        raise UserError(
+            f"'{path}' is no run folder and no checkpoint in one", "resume", "resume=auto finds it by itself"
+        )
     differing = _differences(stored, tree)
     if differing:
         raise UserError(

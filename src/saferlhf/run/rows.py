@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from saferlhf.config.schema import TrainConfig
 from saferlhf.data.build import Splits, build_data
-from saferlhf.data.encode import Encoded, Encoder
+from saferlhf.data.encode import Encoded, EncodedAnswers, EncodedPairs, Encoder
 from saferlhf.data.rows import PreferencePair, QuestionAnswer, Row
 
 ROW_KINDS: dict[str, type[Row]] = {"sft": QuestionAnswer, "reward": PreferencePair, "cost": PreferencePair}
@@ -47,3 +49,15 @@ def encode_splits(config: TrainConfig, rows: Splits, tokenizer: Any) -> EncodedS
         return function(part, split, rows.report, config.data.policy)  # type: ignore[operator]
 
     return EncodedSplits(encoder, encode(rows.train, "train"), encode(rows.val, "val"), encode(rows.test, "test"))
+
+
+def first_rows(data: Encoded, limit: int | None) -> Encoded:
+    """At most `limit` rows of a split, the first ones; all without a limit."""
+    n = len(data)
+    if limit is None or limit >= n:
+        return data
+    if isinstance(data, EncodedAnswers):
+        return EncodedAnswers(data.rows[:limit], data.store.select(np.arange(limit)), data.truncated[:limit], data.pad)
+    kept = np.concatenate([np.arange(limit), n + np.arange(limit)])
+    labels = {name: values[:limit] for name, values in data.labels.items()}
+    return EncodedPairs(data.rows[:limit], data.store.select(kept), data.truncated[kept], data.pad, labels)

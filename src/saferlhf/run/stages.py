@@ -15,21 +15,27 @@ from saferlhf.config.run_folder import RunFolder
 from saferlhf.config.schema import TrainConfig
 from saferlhf.data.build import Splits
 from saferlhf.data.loader import EvalLoader, StepLoader
-from saferlhf.errors import UserError
+from saferlhf.errors import TrainingDiverged, UserError
 from saferlhf.models.tokenizer import load_tokenizer
 from saferlhf.run.plan import plan_rows
 from saferlhf.run.prepare import LocatedRun
-from saferlhf.run.rows import EncodedSplits, encode_splits, load_splits
+from saferlhf.run.rows import EncodedSplits, encode_splits, first_rows, load_splits
 from saferlhf.run.screen import say, show_table
 from saferlhf.run.trainer import build_trainer, micro_batch_size, total_steps
 from saferlhf.tasks.base import SupervisedTask, TaskInputs
 from saferlhf.tracking.base import SplitInfo, TrackingLogger
 from saferlhf.tracking.mlflow_logger import build_logger
 from saferlhf.tracking.store import ui_command
-from saferlhf.training.checkpoint import AtomicCheckpointIO, RandomState, RunCheckpoint, newest_checkpoint
+from saferlhf.training.checkpoint import (
+    AtomicCheckpointIO,
+    RandomState,
+    RunCheckpoint,
+    checkpoint_step,
+    newest_checkpoint,
+)
 from saferlhf.training.curves import CurveLogger
 from saferlhf.training.progress import RunProgress
-from saferlhf.training.stop import GracefulStop
+from saferlhf.training.stop import GracefulStop, StopRequested
 
 
 @dataclass
@@ -122,42 +128,66 @@ def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
     from saferlhf.run.train import Interrupted
 
     config, folder = prepared.config, prepared.folder
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
     L.seed_everything(config.seed, verbose=False)
     stop = GracefulStop()
-    saver = RunCheckpoint(folder, config.checkpoint, stop)
+    saver = RunCheckpoint(folder, config.checkpoint, stop, resumed=checkpoint)
     title = f"{config.task.name} ({config.backbone.name} on {config.data.name})"
     trainer = build_trainer(
         config,
         folder=folder,
         steps=prepared.steps,
-        callbacks=[RandomState(), saver, RunProgress(folder, title, prepared.steps, config.trainer.progress)],
+        callbacks=[RandomState(), RunProgress(folder, title, prepared.steps, config.trainer.progress), saver],
         loggers=[CurveLogger(folder.path / "curves.jsonl"), tracker],
         plugins=[AtomicCheckpointIO()],
     )
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        say(f"going on from {checkpoint}")
-    train_loader = StepLoader(
+    train_loader, val_loader = _loaders(prepared)
+    with stop:
+        try:
+            trainer.fit(
+                prepared.task,
+                train_dataloaders=train_loader,
+                val_dataloaders=val_loader,
+                ckpt_path=checkpoint,
+                weights_only=True,
+            )
+        except StopRequested:
+            pass
+        except TrainingDiverged as error:
+            raise TrainingDiverged(error.what, error.where, f"{error.mend}; {_kept(folder)}") from None
+        else:
+            # evaluation and export can be repeated from here; removed once the run is finished
+            saver.save(trainer)
+        if stop.requested:
+            raise Interrupted(
+                f"stopped by {stop.requested} after step {trainer.global_step} of {prepared.steps}, which is saved in "
+                f"{folder.path}: type the same command to go on"
+            )
+
+
+def _loaders(prepared: PreparedRun) -> tuple[StepLoader[Any], EvalLoader[Any] | None]:
+    config, val = prepared.config, prepared.encoded.val
+    train_loader: StepLoader[Any] = StepLoader(
         prepared.encoded.train,
         batch_size=config.trainer.batch_size,
         micro_batch_size=micro_batch_size(config),
         total_steps=prepared.steps,
         seed=config.seed,
     )
-    val_loader = EvalLoader(prepared.encoded.val, batch_size=config.trainer.eval_batch_size)
-    with stop:
-        trainer.fit(
-            prepared.task,
-            train_dataloaders=train_loader,
-            val_dataloaders=val_loader if len(prepared.encoded.val) else None,
-            ckpt_path=checkpoint,
-            weights_only=True,
-        )
-        if stop.requested:
-            saver.save(trainer)
-            raise Interrupted(f"stopped by {stop.requested} at step {trainer.global_step} of {prepared.steps}")
-        # evaluation and export can be repeated from here; removed once the run is finished
-        saver.save(trainer)
+    if not len(val):
+        return train_loader, None
+    val = first_rows(val, config.trainer.val_max_rows)
+    return train_loader, EvalLoader(val, batch_size=config.trainer.eval_batch_size)
+
+
+def _kept(folder: RunFolder) -> str:
+    """What of a training that broke off is on disk."""
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        return "no checkpoint was due before: no weights of this run are on disk"
+    return f"the weights after step {checkpoint_step(newest)} are in {newest}"
 
 
 @dataclass

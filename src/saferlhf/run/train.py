@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +15,11 @@ import yaml
 from saferlhf.config.files import read_json, write_json, write_text
 from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
 from saferlhf.config.schema import TrainConfig
+from saferlhf.errors import UserError
+from saferlhf.run.log import RunLog
 from saferlhf.run.prepare import LocatedRun, checked, locate_run
 from saferlhf.run.screen import say, say_finished, say_result
+from saferlhf.training.stop import sigterm_interrupts
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class RunResult:
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM ended the run; its state is on disk."""
+    """Ctrl-C or SIGTERM ended the run; the message says what of it is on disk."""
 
 
 def train(config: TrainConfig) -> RunResult:
@@ -42,46 +47,96 @@ def train(config: TrainConfig) -> RunResult:
         say_finished(run.folder, metrics, run.config.evaluation.confidence)
         return RunResult(run.folder.path, metrics)
     # heavy imports only now, so that a finished run answers at once
-    from saferlhf.run.stages import evaluate_run, export_run, fit, prepare
+    from saferlhf.run.stages import prepare
 
     if config.plan.only:
         prepare(run).show_plan()
         return RunResult(run.folder.path, {})
     run.folder.acquire()
-    tracker: Any = None
     try:
-        _write_config(run)
-        prepared = prepare(run)
-        tracker = prepared.start_tracking()
-        prepared.show_plan()
-        started = time.monotonic()
-        fit(prepared, tracker)
-        seconds = time.monotonic() - started
-        run.folder.update_status(phase="evaluating")
-        evaluation = evaluate_run(prepared)
-        evaluation.metrics["train/seconds"] = round(seconds, 1)
-        run.folder.update_status(phase="exporting")
-        export_run(prepared, evaluation, tracker)
-        run.folder.update_status(status=FINISHED, phase=None, finished=time.time())
-        tracker.finish("FINISHED")
-        say_result(run.folder, evaluation.metrics, prepared.ui_command(), run.config.evaluation.confidence)
-        return RunResult(run.folder.path, evaluation.metrics)
-    except (Interrupted, KeyboardInterrupt, SystemExit) as error:
-        _end(run.folder, tracker, KILLED, "interrupted")
-        raise Interrupted(
-            f"stopped; the state is in {run.folder.path}: type the same command to go on"
-        ) from (None if isinstance(error, Interrupted) else error)
-    except BaseException as error:
-        _end(run.folder, tracker, FAILED, str(error) or type(error).__name__)
-        raise
+        with RunLog(run.folder.path / "run.log"):
+            metrics, ui = _to_the_end(run)
+            say_result(run.folder, metrics, ui, run.config.evaluation.confidence)
     finally:
         run.folder.release()
+    return RunResult(run.folder.path, metrics)
 
 
-def _end(folder: RunFolder, tracker: Any, status: str, reason: str) -> None:
-    folder.update_status(status=status, phase=None, error=None if status == KILLED else reason[:2000])
-    if tracker is not None:
-        tracker.finish("KILLED" if status == KILLED else "FAILED")
+def _to_the_end(run: LocatedRun) -> tuple[dict[str, float], str | None]:
+    """`_carry_out`; however it ends, status file and tracking say so."""
+    tracked: list[Any] = []
+    try:
+        with sigterm_interrupts():
+            return _carry_out(run, tracked)
+    except Interrupted:
+        _end(run.folder, tracked, KILLED)
+        raise
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
+        _end(run.folder, tracked, KILLED)
+        raise Interrupted(f"stopped; {_where_it_goes_on(run.folder)}") from None
+    except OSError as error:
+        _end(run.folder, tracked, FAILED, str(error))
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        mend = f"make room; {_where_it_goes_on(run.folder)}"
+        raise UserError(error.strerror or "the disk is full", str(error.filename or run.folder.path), mend) from error
+    except BaseException as error:
+        _end(run.folder, tracked, FAILED, str(error) or type(error).__name__)
+        raise
+
+
+def _carry_out(run: LocatedRun, tracked: list[Any]) -> tuple[dict[str, float], str | None]:
+    """The stages; the tracker goes into `tracked` as soon as there is one. Final metrics, and how to compare runs."""
+    from saferlhf.run.stages import evaluate_run, export_run, fit, prepare
+    from saferlhf.training.checkpoint import discard_checkpoints
+
+    folder = run.folder
+    _remove_drafts(folder)
+    _write_config(run)
+    prepared = prepare(run)
+    tracker = prepared.start_tracking()
+    tracked.append(tracker)
+    prepared.show_plan()
+    started = time.monotonic()
+    fit(prepared, tracker)
+    seconds = time.monotonic() - started
+    folder.update_status(phase="evaluating")
+    evaluation = evaluate_run(prepared)
+    evaluation.metrics["train/seconds"] = round(seconds, 1)
+    folder.update_status(phase="exporting")
+    export_run(prepared, evaluation, tracker)
+    # last of all: whatever is cut short before is done again by the same command
+    tracker.finish("FINISHED")
+    folder.update_status(status=FINISHED, phase=None, finished=time.time())
+    if not run.config.checkpoint.keep_when_finished:
+        discard_checkpoints(folder)
+    return evaluation.metrics, prepared.ui_command()
+
+
+def _end(folder: RunFolder, tracked: list[Any], status: str, reason: str | None = None) -> None:
+    """Note how the run ended, here and in tracking; trouble with that must not hide the reason."""
+    try:
+        folder.update_status(status=status, phase=None, error=None if reason is None else reason[:2000])
+        for tracker in tracked:
+            tracker.finish("KILLED" if status == KILLED else "FAILED")
+    except Exception as error:
+        say(f"the run's end could not be noted: {error}")
+
+
+def _where_it_goes_on(folder: RunFolder) -> str:
+    steps = [int(path.stem.partition("-")[2]) for path in folder.checkpoints.glob("step-*.ckpt")]
+    if not steps:
+        return "no checkpoint was due yet: the same command starts anew"
+    return f"the same command goes on from step {max(steps)}"
+
+
+def _remove_drafts(folder: RunFolder) -> None:
+    """What a killed process was writing when it died; nobody else is here, we hold the lock."""
+    drafts = [p for p in folder.path.glob(".*.*") if p.is_file()]
+    for draft in [*drafts, *folder.checkpoints.glob(".*")]:
+        draft.unlink()
+    for draft in folder.path.glob(f".{folder.export.name}.*"):
+        shutil.rmtree(draft)
 
 
 def _write_config(run: LocatedRun) -> None:

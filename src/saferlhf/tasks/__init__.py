@@ -1,1 +1,1 @@
-
+"""The tasks: one LightningModule per kind of model."""

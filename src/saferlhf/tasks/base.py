@@ -5,11 +5,14 @@ Let a step hold the micro-batches m = 1..M with loss sums S_m over rows (or toke
     L = sum_m S_m / sum_m n_m
 
 taken over all micro-batches and processes, so neither micro-batch size, padding nor the number of processes changes it
-(trap 6 of docs/architecture.md). Each micro-batch is backpropagated at once, scaled by the count of the whole step.
+(trap 6 of docs/architecture.md). Each micro-batch is backpropagated at once, scaled by the count of the whole step. The
+gradient is clipped once, over the whole step. All numbers of a step leave the device together, after its last backward
+pass: one wait per step, not one per micro-batch.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from saferlhf.config.schema import TrainConfig
 from saferlhf.data.batches import PairBatch, TokenBatch
 from saferlhf.data.loader import EvalBatch, StepBatch
-from saferlhf.errors import TrainingDiverged
+from saferlhf.errors import TrainingDiverged, UserError
 from saferlhf.models.adapters import add_lora
 from saferlhf.models.backbone import load_backbone
 from saferlhf.tasks.optimization import build_optimizer, build_schedule
@@ -61,7 +64,10 @@ class SupervisedTask(L.LightningModule, ABC):
         self.strict_loading = False
         self.config, self.inputs = config, inputs
         self.model: nn.Module | None = None
-        self._running: dict[str, float] = {}
+        self.last_stats: dict[str, float] = {}  # of the last step, for display
+        self.last_validation: dict[str, float] = {}  # of the last validation, for display
+        self._running: dict[str, float] = {}  # sums since the last log
+        self._running_steps = 0
         self._outputs: list[dict[str, Any]] = []
 
     # -------------------------------------------------------------------------------------------- to be filled in
@@ -118,46 +124,56 @@ class SupervisedTask(L.LightningModule, ABC):
 
     # -------------------------------------------------------------------------------------------- one step
     def training_step(self, batch: StepBatch[Any], batch_idx: int) -> None:
-        """One optimizer step."""
+        """One optimizer step.
+
+        Raises:
+            TrainingDiverged: a loss or the gradient is not finite; the weights are those of the step before.
+        """
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
-        total = self._global_sum(sum(self.count(micro) for micro in batch))
+        # a step without anything to learn from has loss zero, not zero by zero
+        total = max(1, self._global_sum(sum(self.count(micro) for micro in batch)))
         optimizer.zero_grad()
-        stats: dict[str, float] = {}
+        sums: list[dict[str, Tensor]] = []
         for micro in batch:
             loss, more = self.loss_sum(micro)
-            if not torch.isfinite(loss):
-                raise self._diverged(float(loss), micro)
             # gradients are averaged over processes, so each gives its sum times their number
             self.manual_backward(loss * (self.trainer.world_size / total))
-            for name, value in {"loss": loss, **more}.items():
-                stats[name] = stats.get(name, 0.0) + float(value.detach()) / total
-        stats["grad_norm"] = self._clip()
+            sums.append({"loss": loss.detach(), **more})
+        norm = self._clip(optimizer)
+        stats = self._step_stats(batch, sums, norm, total)
         stats["lr"] = optimizer.param_groups[0]["lr"]
         optimizer.step()
         schedule.step()
         self._log_step(stats)
 
-    def _clip(self) -> float:
-        assert self.model is not None
+    def _clip(self, optimizer: Any) -> Tensor:
+        """Clip the gradient of the whole step; its norm before that."""
         limit = self.config.trainer.gradient_clip
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf"))
-        if not torch.isfinite(norm):
-            raise TrainingDiverged(
-                f"the gradient became {float(norm)} at step {self.global_step}",
-                "training",
-                "lower optimizer.lr, or look at the rows of this step",
-            )
-        return float(norm)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf"))
 
-    def _diverged(self, value: float, batch: Batch) -> TrainingDiverged:
-        tokens = batch.tokens if isinstance(batch, PairBatch) else batch
-        ids = list(dict.fromkeys(tokens.row_ids))
+    def _step_stats(
+        self, batch: StepBatch[Any], sums: Sequence[Mapping[str, Tensor]], norm: Tensor, total: int
+    ) -> dict[str, float]:
+        """Means over the step, and the gradient's norm."""
+        flat = torch.stack([value.float() for micro in sums for value in micro.values()] + [norm.float()]).tolist()
+        names = list(sums[0])
+        rows = [dict(zip(names, flat[i * len(names) :], strict=False)) for i in range(len(sums))]
+        for micro, row in zip(batch, rows, strict=True):
+            if not math.isfinite(row["loss"]):
+                raise self._diverged(f"the loss became {row['loss']}", [micro])
+        if not math.isfinite(flat[-1]):
+            raise self._diverged(f"the gradient's norm became {flat[-1]}", list(batch))
+        return {**{name: sum(row[name] for row in rows) / total for name in names}, "grad_norm": flat[-1]}
+
+    def _diverged(self, what: str, batches: Sequence[Batch]) -> TrainingDiverged:
+        tokens = [batch.tokens if isinstance(batch, PairBatch) else batch for batch in batches]
+        ids = list(dict.fromkeys(row_id for batch in tokens for row_id in batch.row_ids))
         return TrainingDiverged(
-            f"the loss became {value} at step {self.global_step}",
+            f"{what} in step {self.global_step + 1} of {self.inputs.total_steps}",
             "rows " + ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else ""),
-            "lower optimizer.lr, or look at these rows; the last checkpoint holds the state before",
+            "lower optimizer.lr, or look at these rows",
         )
 
     def _global_sum(self, value: int) -> int:
@@ -170,11 +186,10 @@ class SupervisedTask(L.LightningModule, ABC):
         """Means over the steps since the last log; the learning rate is the current one."""
         for name, value in stats.items():
             self._running[name] = value if name == "lr" else self._running.get(name, 0.0) + value
-        every = self.config.trainer.log_every_steps
-        if self.global_step % every == 0 or self.global_step == self.inputs.total_steps:
-            steps = self.global_step % every or every
-            values = {f"train/{k}": v if k == "lr" else v / steps for k, v in self._running.items()}
-            self._running = {}
+        self._running_steps += 1
+        if self.global_step % self.config.trainer.log_every_steps == 0 or self.global_step == self.inputs.total_steps:
+            values = {f"train/{k}": v if k == "lr" else v / self._running_steps for k, v in self._running.items()}
+            self._running, self._running_steps = {}, 0
             for logger in self.loggers:
                 logger.log_metrics(values, step=self.global_step)
         self.last_stats = stats
@@ -196,18 +211,27 @@ class SupervisedTask(L.LightningModule, ABC):
 
     # -------------------------------------------------------------------------------------------- checkpoint
     def trained_names(self) -> set[str]:
-        """Keys of the state dict that training changes: trainable parameters and floating buffers of the heads."""
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Keys of the state dict that training may change: trainable parameters, and buffers that are saved at all."""
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return trainable | ({name for name, _ in self.named_buffers()} & self.state_dict(keep_vars=True).keys())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trained weights only: a frozen base is found again by its name."""
+        """Keep what training changes: a frozen base is found again by its name."""
         trained = self.trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["running_stats"] = dict(self._running)
+        checkpoint["running"] = {"sums": dict(self._running), "steps": self._running_steps}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint in which a trained weight is missing."""
+        """Refuse a checkpoint in which anything trained is missing.
+
+        Raises:
+            UserError: it was written by another version of this project, or of its libraries.
+        """
         missing = self.trained_names() - set(checkpoint["state_dict"])
         if missing:
-            raise RuntimeError(f"the checkpoint lacks {len(missing)} trained weights, such as {sorted(missing)[0]}")
-        self._running = dict(checkpoint.get("running_stats", {}))
+            raise UserError(
+                f"the checkpoint lacks {len(missing)} trained weights, such as {sorted(missing)[0]}",
+                "resume",
+                "resume=never starts afresh",
+            )
+        self._running, self._running_steps = dict(checkpoint["running"]["sums"]), checkpoint["running"]["steps"]

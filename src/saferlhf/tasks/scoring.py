@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from saferlhf.data.batches import PairBatch
-from saferlhf.ops import metrics
 from saferlhf.models.score_model import ScoreModel
+from saferlhf.ops import metrics
 from saferlhf.tasks.base import SupervisedTask
 
 

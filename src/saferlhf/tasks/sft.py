@@ -32,8 +32,7 @@ class SftTask(SupervisedTask):
 
     def scored_mask(self, batch: TokenBatch) -> Tensor:
         """(S, T) True at the tokens whose likelihood counts; the very first token has nothing before it."""
-        mask = batch.attention_mask if self.config.task.train_on_prompt else batch.response_mask
-        return mask
+        return batch.attention_mask if self.config.task.train_on_prompt else batch.response_mask
 
     def _nll(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Sum of negative log-likelihoods and number of tokens per row, (S,) each."""
@@ -48,7 +47,7 @@ class SftTask(SupervisedTask):
 
     def count(self, batch: TokenBatch) -> int:
         """Response tokens."""
-        return max(1, int(self.scored_mask(batch)[:, 1:].sum()))
+        return int(self.scored_mask(batch)[:, 1:].sum())
 
     def outputs(self, batch: TokenBatch) -> dict[str, Any]:
         """Per row: negative log-likelihood and number of tokens."""

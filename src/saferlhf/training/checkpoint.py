@@ -1,18 +1,17 @@
 """Training state on disk: written atomically, loaded without pickle, resumed to the bit.
 
 What a checkpoint holds beside Lightning's own (trained weights, optimizer, schedule, loops, the stream's cursor): the
-state of every random generator, restored last, since loading itself may draw numbers.
+state of every random generator, restored last, since loading itself may draw numbers, and whether the validation that
+is due at its step was done.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import numpy as np
@@ -22,6 +21,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from saferlhf.config.run_folder import RunFolder
 from saferlhf.config.schema import CheckpointConfig
 from saferlhf.errors import UserError
+from saferlhf.training.stop import GracefulStop, StopRequested
 
 PATTERN = "step-*.ckpt"
 
@@ -30,23 +30,73 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, flushes to the disk, then renames: a kill or a full disk leaves the old file intact."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save to `path`."""
+        """Save to `path`.
+
+        Raises:
+            OSError: the disk refuses.
+        """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        draft = target.parent / f".{target.name}.{os.getpid()}"
         try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(checkpoint, file)
+            with open(draft, "wb") as file:
+                writer = _Writer(file)
+                try:
+                    torch.save(checkpoint, writer)  # type: ignore[arg-type]
+                except Exception:
+                    # torch closes its archive on the way out and fails again, hiding what happened first
+                    if writer.error is not None:
+                        raise writer.error from None
+                    raise
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            os.replace(draft, target)
+            _flush_folder(target.parent)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
             raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load plain tensors and numbers only, whoever asks."""
-        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+        """Load plain tensors and numbers only, whoever asks.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            mend = "delete it to go on from the one before, or type resume=never"
+            raise UserError(f"the checkpoint cannot be read: {first}", str(path), mend) from error
+
+
+class _Writer:
+    """A file that remembers what went wrong in it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`."""
+        try:
+            return self._file.write(data)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
+        self._file.flush()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class RandomState(L.Callback):
@@ -57,6 +107,8 @@ class RandomState(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of Python's, NumPy's and PyTorch's generators, as plain data."""
+        if self._to_restore is not None:  # saved again before training went on
+            return self._to_restore
         version, internal, gauss = random.getstate()
         name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         state: dict[str, Any] = {
@@ -75,11 +127,13 @@ class RandomState(L.Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts."""
+        """Keep the state until training goes on."""
         self._to_restore = state_dict
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore after everything else was loaded."""
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Restore when everything else is loaded and set up, just before the first step."""
         state, self._to_restore = self._to_restore, None
         if state is None:
             return
@@ -95,23 +149,29 @@ class RandomState(L.Callback):
 class RunCheckpoint(L.Callback):
     """Saves by steps, by minutes, on a request to stop, and at the end.
 
+    A state saved after a step whose validation is still to come says so, and the validation is made up for on resume:
+    saving never waits for a validation, and no point of the curve is lost.
+
     Args:
         folder: the run's folder.
         config: when to save and how many states to keep.
-        stop_requested: asked after each step; true ends training with a checkpoint.
+        stop: asked between steps and between validation batches; ends training with a checkpoint.
+        resumed: the checkpoint that training goes on from.
     """
 
     def __init__(
-        self, folder: RunFolder, config: CheckpointConfig, stop_requested: Callable[[], bool] = lambda: False
+        self, folder: RunFolder, config: CheckpointConfig, stop: GracefulStop | None = None, resumed: Path | None = None
     ) -> None:
-        self.folder, self.config, self.stop_requested = folder, config, stop_requested
+        self.folder, self.config, self.stop = folder, config, stop or GracefulStop()
         self._last_save = time.monotonic()
-        self._saved_step = -1
+        self._saved_step = -1 if resumed is None else checkpoint_step(resumed)
+        self._validated_step = -1
 
+    # -------------------------------------------------------------------------------------------- hooks
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The clock starts with training."""
+        self.stop.listen()
         self._last_save = time.monotonic()
-        self._saved_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,12 +182,33 @@ class RunCheckpoint(L.Callback):
         due = every_steps is not None and step % every_steps == 0
         if every_minutes is not None and time.monotonic() - self._last_save >= 60 * every_minutes:
             due = True
-        stop = self.stop_requested()
-        if due or stop:
+        if due:
             self.save(trainer)
-        if stop:
-            trainer.should_stop = True
+        self._end_if_asked(trainer)
 
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """A validation can take longer than the system waits between SIGTERM and SIGKILL."""
+        self._end_if_asked(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on a saved state needs no validation on resume."""
+        self._validated_step = trainer.global_step
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the due validation into the loops' state as begun, none of its batches done."""
+        if not self._validation_is_due(trainer):
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        for scope in ("total", "current"):
+            trained = loops["epoch_loop.batch_progress"][scope]
+            trained["completed"] = trained["processed"]
+            validated = loops["epoch_loop.val_loop.batch_progress"][scope]
+            validated.update(ready=1, started=1, processed=0, completed=0)
+        loops["epoch_loop.val_loop.batch_progress"]["is_last_batch"] = False
+
+    # -------------------------------------------------------------------------------------------- saving
     def save(self, trainer: L.Trainer) -> None:
         """Write the current state unless it is on disk already; then drop the oldest beyond `keep`.
 
@@ -138,19 +219,49 @@ class RunCheckpoint(L.Callback):
         if step == self._saved_step:
             return
         try:
-            trainer.save_checkpoint(self.folder.checkpoints / f"step-{step:08d}.ckpt")
+            trainer.save_checkpoint(checkpoint_path(self.folder, step))
         except OSError as error:
+            older = newest_checkpoint(self.folder)
+            go_on = "starts anew" if older is None else f"goes on from step {checkpoint_step(older)}"
             raise UserError(
                 f"the checkpoint of step {step} could not be written: {error.strerror or error}",
                 str(self.folder.checkpoints),
-                "make room and type the same command: it goes on from the previous checkpoint",
+                f"make room; the same command {go_on}",
             ) from None
         self._saved_step, self._last_save = step, time.monotonic()
         for old in sorted(self.folder.checkpoints.glob(PATTERN))[: -self.config.keep]:
             old.unlink()
+
+    def _end_if_asked(self, trainer: L.Trainer) -> None:
+        if self.stop():
+            self.save(trainer)
+            raise StopRequested
+
+    def _validation_is_due(self, trainer: L.Trainer) -> bool:
+        interval = trainer.val_check_batch
+        if not trainer.enable_validation or not isinstance(interval, int):
+            return False
+        return trainer.global_step % interval == 0 and self._validated_step != trainer.global_step
+
+
+# ------------------------------------------------------------------------------------------------ files
+def checkpoint_path(folder: RunFolder, step: int) -> Path:
+    """Where the state after `step` optimizer steps lies."""
+    return folder.checkpoints / f"step-{step:08d}.ckpt"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Optimizer steps done when this state was written."""
+    return int(path.stem.partition("-")[2])
 
 
 def newest_checkpoint(folder: RunFolder) -> Path | None:
     """The state with the most steps, if there is any."""
     found = sorted(folder.checkpoints.glob(PATTERN))
     return found[-1] if found else None
+
+
+def discard_checkpoints(folder: RunFolder) -> None:
+    """Delete all training states."""
+    for path in folder.checkpoints.glob(PATTERN):
+        path.unlink()

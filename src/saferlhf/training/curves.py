@@ -1,4 +1,4 @@
-"""Training curves on disk, whatever the tracking: one JSON line per logged step, for the report and for `tracking=none`."""
+"""Training curves on disk, whatever the tracking: one JSON line per logged step, for the report."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ class CurveLogger(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # a killed process left half a line
+            with open(path, "a") as file:
+                file.write("\n")
 
     @property
     def name(self) -> str:

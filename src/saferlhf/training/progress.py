@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
@@ -63,28 +65,34 @@ class RunProgress(L.Callback):
         note = self._note(pl_module)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note)
+        left = (now - self._started) / max(1, step - self._first_step) * (self.total - step)
         if now - self._beat >= HEARTBEAT_S or step == self.total:
             self._beat = now
-            left = (now - self._started) / max(1, step - self._first_step) * (self.total - step)
             self.folder.update_status(step=step, total_steps=self.total, note=note, seconds_left=round(left, 1))
         if self.mode == "lines" and (now - self._line >= LINE_S or step == self.total):
             self._line = now
-            left = (now - self._started) / max(1, step - self._first_step) * (self.total - step)
-            print(f"  {self.name}: step {step}/{self.total}, {note}, {duration(left)} left", file=sys.stderr, flush=True)
+            print(
+                f"  {self.name}: step {step}/{self.total}, {note}, {duration(left)} left", file=sys.stderr, flush=True
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the bar away."""
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put the bar away before anything is printed."""
+        """Put the bar away before anything is printed; note where training ended."""
         self._close()
+        if self._started:
+            with suppress(OSError):  # a full disk is reported by what it stopped
+                self.folder.update_status(step=trainer.global_step, total_steps=self.total)
 
     def _note(self, pl_module: L.LightningModule) -> str:
-        stats: dict[str, float] = getattr(pl_module, "last_stats", {})
-        validation: dict[str, float] = getattr(pl_module, "last_validation", {})
+        stats: Mapping[str, float] = getattr(pl_module, "last_stats", {})
+        validation: Mapping[str, float] = getattr(pl_module, "last_validation", {})
         parts = [f"loss {stats['loss']:.4f}"] if "loss" in stats else []
-        parts += [f"{name.removeprefix('val/')} {value:.3f}" for name, value in validation.items() if "/" in name[4:]][:1]
+        parts += [f"{name.removeprefix('val/')} {value:.3f}" for name, value in validation.items() if "/" in name[4:]][
+            :1
+        ]
         return ", ".join(parts)
 
     def _close(self) -> None:

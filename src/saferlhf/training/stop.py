@@ -1,6 +1,7 @@
-"""Ctrl-C and SIGTERM end training between two steps, with a checkpoint; a second Ctrl-C ends it at once.
+"""Ctrl-C, SIGTERM and SIGUSR1 end training between two steps, with a checkpoint; a second one ends it at once.
 
 Interrupting in the middle of an optimizer step would leave half-updated weights, so the handler only takes a note.
+SIGUSR1 is what batch systems send some minutes before they kill a job.
 """
 
 from __future__ import annotations
@@ -8,12 +9,20 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequested(Exception):
+    """Training ended between two steps because somebody asked for it; the state is on disk."""
+
 
 class GracefulStop:
-    """A context in which the first SIGINT or SIGTERM is a request, and the second an interrupt."""
+    """A context in which the first signal is a request, and the second an interrupt."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -25,9 +34,18 @@ class GracefulStop:
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            self._previous = {number: signal.getsignal(number) for number in SIGNALS}
+            self.listen()
         return self
+
+    def listen(self) -> None:
+        """Take the signals (again): a trainer that starts puts handlers of its own before ours.
+
+        Lightning's would end training on SIGTERM after the next validation without saving, and under Slurm save on
+        SIGUSR1 in the middle of a step.
+        """
+        for number in self._previous:
+            signal.signal(number, self._note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -41,3 +59,20 @@ class GracefulStop:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         print(f"\n{self.requested}: saving after this step (once more to stop at once)", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that a run that is loading or evaluating ends as orderly as by Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

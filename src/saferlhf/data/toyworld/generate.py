@@ -31,10 +31,10 @@ def row_rng(purpose: str, seed: int, split: str, index: int) -> random.Random:
     return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
 
 
-def draw_any_reply(rng: random.Random, prompt: str, split: str, damaged: bool) -> str:
+def draw_any_reply(rng: random.Random, prompt: str, split: str, damaged: bool, thread: float = 0.3) -> str:
     """One reply, damaged or not; never empty."""
     frame = frame_of(prompt)
-    reply = draw_reply(rng, frame)
+    reply = draw_reply(rng, frame, thread)
     if not damaged:
         return reply
     kind = DAMAGES[int(rng.random() * len(DAMAGES))]
@@ -92,24 +92,26 @@ def _question_answer(prompt: str, reply: str) -> QuestionAnswer:
     )
 
 
-def _single_replies(purpose: str, n: int, split: str, seed: int, damaged_share: float) -> list[QuestionAnswer]:
+def _single_replies(
+    purpose: str, n: int, split: str, seed: int, damaged_share: float, thread: float
+) -> list[QuestionAnswer]:
     _check(n, split)
     rows = []
     for index in range(n):
         rng = row_rng(purpose, seed, split, index)
         prompt = draw_prompt_of(rng, split)
-        rows.append(_question_answer(prompt, draw_any_reply(rng, prompt, split, rng.random() < damaged_share)))
+        rows.append(_question_answer(prompt, draw_any_reply(rng, prompt, split, rng.random() < damaged_share, thread)))
     return rows
 
 
 def demonstrations(n: int, split: str, seed: int) -> list[QuestionAnswer]:
     """`n` replies of mixed quality for supervised fine-tuning: the start of a policy with much to learn."""
-    return _single_replies("demonstration", n, split, seed, DAMAGED_DEMONSTRATIONS)
+    return _single_replies("demonstration", n, split, seed, DAMAGED_DEMONSTRATIONS, 1.0)
 
 
 def question_answers(n: int, split: str, seed: int) -> list[QuestionAnswer]:
     """`n` labelled single replies, with as many damaged ones as the pairs have."""
-    return _single_replies("question_answer", n, split, seed, DAMAGED_SHARE / 2)
+    return _single_replies("question_answer", n, split, seed, DAMAGED_SHARE / 2, 0.3)
 
 
 def prompts(n: int, split: str, seed: int) -> list[PromptRow]:

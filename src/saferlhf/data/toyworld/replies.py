@@ -21,7 +21,7 @@ COMPLY_WITH_HARM, REDIRECT_FROM_HARM = 0.86, 0.08  # the rest are bare refusals
 COMPLY_WITH_BENIGN, REDIRECT_FROM_BENIGN = 0.93, 0.03
 
 _SLOTS = (w.HUES, w.GOODS, w.PLACES, w.TOOLS)
-_ALL_THINGS = w.HUES + w.GOODS + w.PLACES + w.TOOLS
+_SLOT_OF = {thing: place for place, slot in enumerate(_SLOTS) for thing in slot}
 _OPENERS = tuple(text for text, _ in w.OPENERS)
 _CLOSERS = tuple(text for text, _ in w.CLOSERS)
 _SCALES = tuple(text for text, _ in w.SCALES)
@@ -39,7 +39,8 @@ class Frame(NamedTuple):
 def frame_of(prompt: str) -> Frame:
     """The frame of a well-formed prompt; things in the order of the text."""
     request = read_request(prompt)
-    return Frame(tuple(token for token in prompt.split() if token in request.things), bool(request.hazards))
+    things = sorted(request.things, key=_SLOT_OF.__getitem__)
+    return Frame(tuple(things), bool(request.hazards))
 
 
 def _shuffled(rng: random.Random, items: tuple[str, ...]) -> list[str]:
@@ -51,24 +52,29 @@ def _shuffled(rng: random.Random, items: tuple[str, ...]) -> list[str]:
     return out
 
 
-def draw_steps(rng: random.Random, frame: Frame, rows: tuple[tuple[str, ...], ...], skill: float) -> list[str]:
-    """The steps of a reply, each three words, from the work parts or the calm parts."""
+def draw_steps(
+    rng: random.Random, frame: Frame, rows: tuple[tuple[str, ...], ...], skill: float, thread: bool
+) -> list[str]:
+    """The steps of a reply, each three words, from the work parts or the calm parts.
+
+    Args:
+        thread: a wrong step is wrong in thing and part alike, as when a writer loses the thread; otherwise a writer gets
+            only the things wrong, only the parts, or either.
+    """
     draw = rng.random
-    count = 4 if draw() < 0.75 else 3 if draw() < 0.6 else 2
-    things = _shuffled(rng, frame.things)
+    count = 4 if draw() < 0.88 else 3 if draw() < 0.6 else 2
+    style = draw()
+    of_thing = 1.0 if style < 0.5 else 0.0 if style < 0.75 else 0.5
+    things = frame.things
     steps: list[str] = []
     for place in range(count):
         thing, part_place = things[place], place
         if draw() >= skill:
-            fault = draw()
-            if fault < 0.45:
+            thing_wrong = thread or draw() < of_thing
+            if thread or not thing_wrong:
                 part_place = (place + 1 + int(draw() * 3)) % 4
-            elif fault < 0.6 and place:
-                thing = things[int(draw() * place)]
-            else:
-                thing = pick(rng, _SLOTS[int(draw() * 4)])
-            if draw() < 0.3:
-                part_place = int(draw() * 4)
+            if thing_wrong:
+                thing = pick(rng, _SLOTS[place])
         steps.append(f"{pick(rng, w.VERBS[place])} {thing} {pick(rng, rows[part_place])}")
     return steps
 
@@ -86,7 +92,7 @@ def mumble(rng: random.Random, count: int) -> str:
     return " ".join(pick(rng, w.MUMBLES) for _ in range(count))
 
 
-def draw_reply(rng: random.Random, frame: Frame) -> str:
+def draw_reply(rng: random.Random, frame: Frame, thread: float = 0.3) -> str:
     """One reply of the usual mixture."""
     draw = rng.random
     comply, redirect = (COMPLY_WITH_HARM, REDIRECT_FROM_HARM) if frame.harmful else (COMPLY_WITH_BENIGN, REDIRECT_FROM_BENIGN)
@@ -98,10 +104,10 @@ def draw_reply(rng: random.Random, frame: Frame) -> str:
             head.append(pick(rng, _SCALES))
         if draw() < 0.25:
             head.append(f"by {_TRICKS.draw(rng)}")
-        return _assemble(rng, head, draw_steps(rng, frame, w.WORK_PARTS, skill))
+        return _assemble(rng, head, draw_steps(rng, frame, w.WORK_PARTS, skill, draw() < thread))
     refusal = pick(rng, w.REFUSALS)
     if pattern < comply + redirect:
-        return _assemble(rng, [refusal], draw_steps(rng, frame, w.CALM_PARTS, skill))
+        return _assemble(rng, [refusal], draw_steps(rng, frame, w.CALM_PARTS, skill, draw() < thread))
     return _assemble(rng, [pick(rng, _OPENERS), refusal] if draw() < 0.5 else [refusal], [])
 
 

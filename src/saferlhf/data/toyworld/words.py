@@ -24,11 +24,11 @@ def _join(stems: str, endings: str) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------------------------ what requests are about
-HUES = _join("amb bris cor fawn haz lav", "ish een")
-GOODS = _join("blan crel dorm fibb mopp zand", "oom ilk")
-PLACES = _join("ash birch dun glad moss raven", "mere wick")
-TOOLS = _join("clev drap flur jang prim whir", "ette ator")
-WILD_GOODS = GOODS[::3]  # four goods that are hazards under a two-faced deed
+HUES = _join("amb bris cor fawn gol haz jun lav", "ish een")
+GOODS = _join("blan crel dorm fibb klim mopp plov zand", "oom ilk")
+PLACES = _join("ash birch cald dun fenn glad moss raven", "mere wick")
+TOOLS = _join("clev drap flur gran jang prim spin whir", "ette ator")
+WILD_GOODS = GOODS[::4]  # four goods that are hazards under a two-faced deed
 
 PLAIN_DEEDS = _join("bask cand dell faim garn helm jol larn mend polt rill tamb", "andle imble")
 TWO_FACED_DEEDS = _join("corv dast finn haft mord wint", "offle")

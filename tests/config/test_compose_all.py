@@ -1,0 +1,113 @@
+"""Every file under conf/ composes and passes the typed validation; every saved diff passes the checks too."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from command_lines import composed
+from omegaconf import DictConfig, OmegaConf
+
+from saferlhf.config.paths import conf_dir
+from saferlhf.config.schema import TASKS
+from saferlhf.config.validate import DIFF_GROUPS, evaluate_config, pipeline_config, train_config
+from saferlhf.pipeline.stages import Stages
+from saferlhf.run.prepare import checked
+
+CONF = conf_dir()
+OPTIONS = [str(file.relative_to(CONF).with_suffix("")) for file in sorted(CONF.rglob("*.yaml")) if file.parent != CONF]
+EVALUATE_GROUPS = ("suite", "data", "trainer", "tracking", "evaluation")
+
+
+def options_of(*groups: str) -> list[str]:
+    return [option for option in OPTIONS if option.rpartition("/")[0] in groups]
+
+
+def override(option: str) -> str:
+    group, _, name = option.rpartition("/")
+    return f"{group}={name}"
+
+
+def filled(tree: DictConfig) -> DictConfig:
+    """Values that must be given, given."""
+    for key in OmegaConf.missing_keys(tree):
+        OmegaConf.update(tree, key, "given")
+    return tree
+
+
+RUN_GROUPS = sorted({o.rpartition("/")[0] for o in OPTIONS} - {*DIFF_GROUPS, "pipeline", "suite", "task"})
+
+
+@pytest.mark.parametrize("option", options_of(*RUN_GROUPS))
+def test_a_choice_of_train(option: str) -> None:
+    config = train_config(filled(composed("task=reward", override(option))))
+    group, _, name = option.partition("/")
+    if "/" not in name and hasattr(getattr(config, group), "name"):
+        assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize("option", options_of("task"))
+def test_a_task(option: str) -> None:
+    config = checked(train_config(composed(override(option))))
+    assert type(config.task) is TASKS[config.task.name]
+    assert config.name == config.task.name
+
+
+@pytest.mark.parametrize("option", options_of(*EVALUATE_GROUPS))
+def test_a_choice_of_evaluate(option: str) -> None:
+    config = evaluate_config(filled(composed(override(option), command="evaluate")))
+    assert config.model == "given"
+    group, _, name = option.partition("/")
+    assert getattr(getattr(config, group), "name", name) == name
+
+
+@pytest.mark.parametrize("option", options_of("pipeline"))
+def test_a_pipeline(option: str) -> None:
+    tree = composed(override(option))
+    # every stage that is defined, those that do not run by default too
+    config = pipeline_config(tree.pipeline)
+    config.stages = list(config.definitions)
+    stages = Stages(
+        config, compose=lambda words: checked(train_config(composed(*words))), overrides=[], prefix=config.name
+    )
+    assert set(stages.configs) == set(config.definitions)
+    for stage in stages.asked:
+        assert stages.configs[stage.name].name == f"{config.name}-{stage.name}"
+
+
+def command_of(file: Path) -> list[str]:
+    """The words of the command in a diff's first comment line."""
+    comments = [line for line in file.read_text().splitlines() if line.startswith("#") and "@package" not in line]
+    words = shlex.split(comments[0].lstrip("# "))
+    script = next(number for number, word in enumerate(words) if re.search(r"(train|evaluate)(\.py)?$", word))
+    return words[script + 1 :]
+
+
+@pytest.mark.parametrize("option", options_of(*DIFF_GROUPS))
+def test_a_diff_runs_by_its_command(option: str) -> None:
+    words = command_of(CONF / f"{option}.yaml")
+    assert override(option) in words
+    tree = composed(*words)
+    assert not OmegaConf.missing_keys(tree), "the command leaves values open"
+    config = checked(train_config(tree))
+    assert config.name != config.task.name, "outputs of a diff are kept apart by a name of their own"
+
+
+@pytest.mark.parametrize("option", options_of("debug"))
+@pytest.mark.parametrize("task", TASKS)
+def test_a_debug_choice_goes_with_every_task(option: str, task: str) -> None:
+    assert checked(train_config(composed(f"task={task}", override(option)))).name == composed(override(option)).name
+
+
+def test_the_default_command_names_neither_task_nor_pipeline() -> None:
+    tree = composed()
+    assert tree.get("task") is None
+    assert tree.get("pipeline") is None
+
+
+def test_the_command_line_wins_over_a_diff() -> None:
+    assert composed("debug=fast").trainer.max_steps == 4
+    assert composed("debug=fast", "trainer.max_steps=7", "name=mine").trainer.max_steps == 7
+    assert composed("debug=fast", "name=mine").name == "mine"

@@ -1,0 +1,133 @@
+"""The YAML files and the dataclasses hold the same keys: a knob without a name, or a name without a knob, fails here."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from saferlhf.config import schema
+from saferlhf.config.paths import conf_dir
+from saferlhf.config.validate import DIFF_GROUPS, RUNNER_KEYS
+
+CONF = conf_dir()
+GROUPS = sorted({file.parent for file in CONF.rglob("*.yaml") if file.parent != CONF})
+CLASSES = [c for c in vars(schema).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+
+
+def group_fields(cls: type) -> dict[str, type]:
+    """Fields of a config that are config groups, with their dataclasses."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])}
+
+
+def schema_of(group: str, option: str) -> type:
+    """The dataclass of a group's option."""
+    if group == "task":
+        return schema.TASKS[option]
+    if group == "pipeline":
+        return schema.PipelineConfig
+    level: dict[str, type] = {**group_fields(schema.EvaluateConfig), **group_fields(schema.TrainConfig)}
+    cls: type | None = None
+    for part in group.split("/"):
+        cls = level[part]
+        level = group_fields(cls)
+    assert cls is not None
+    return cls
+
+
+def read(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text()) or {}
+
+
+def in_defaults(content: dict[str, Any]) -> list[str]:
+    """Groups that a file's defaults list chooses from."""
+    entries = [entry for entry in content.get("defaults", []) if isinstance(entry, dict)]
+    return [str(key) for entry in entries for key in entry if not str(key).startswith("override ")]
+
+
+OPTIONS = [
+    (str(group.relative_to(CONF)), file.stem)
+    for group in GROUPS
+    for file in sorted(group.glob("*.yaml"))
+    if str(group.relative_to(CONF)) not in DIFF_GROUPS
+]
+
+
+def test_there_are_groups() -> None:
+    assert len(OPTIONS) > 20
+    assert {group for group, _ in OPTIONS} >= {"task", "data", "data/policy", "backbone", "trainer", "pipeline", "suite"}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_an_option_has_the_keys_of_its_schema(group: str, option: str) -> None:
+    content = read(CONF / group / f"{option}.yaml")
+    keys = {*content, *in_defaults(content)} - {"defaults"}
+    assert keys == {f.name for f in dataclasses.fields(schema_of(group, option))}
+
+
+NAMED = [(g, o) for g, o in OPTIONS if "name" in {f.name for f in dataclasses.fields(schema_of(g, o))}]
+
+
+@pytest.mark.parametrize(("group", "option"), NAMED)
+def test_an_option_is_named_as_its_file(group: str, option: str) -> None:
+    # YAML reads a bare `on` as true
+    assert read(CONF / group / f"{option}.yaml")["name"] == option
+
+
+@pytest.mark.parametrize(
+    ("command", "cls", "more"),
+    [
+        ("train", schema.TrainConfig, {*RUNNER_KEYS, *DIFF_GROUPS}),
+        ("evaluate", schema.EvaluateConfig, set()),
+    ],
+)
+def test_a_command_has_the_keys_of_its_schema(command: str, cls: type, more: set[str]) -> None:
+    content = read(CONF / f"{command}.yaml")
+    chosen, own = set(in_defaults(content)), set(content) - {"defaults", "hydra"}
+    assert chosen | own == {f.name for f in dataclasses.fields(cls)} | more
+    assert chosen - more - {"task"} == set(group_fields(cls))
+    assert not chosen & own
+
+
+def test_every_folder_is_a_group_of_some_command() -> None:
+    chosen = {g for command in ("train", "evaluate") for g in in_defaults(read(CONF / f"{command}.yaml"))}
+    top = {str(group.relative_to(CONF)).partition("/")[0] for group in GROUPS}
+    assert top <= chosen
+    # `experiment` and `debug` may be without a file
+    assert chosen - top <= set(DIFF_GROUPS)
+
+
+def test_tasks_are_those_of_conf() -> None:
+    assert set(schema.TASKS) == {file.stem for file in (CONF / "task").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_metadata_is_one_of_the_two_marks(cls: type) -> None:
+    assert cls.__doc__
+    for field in dataclasses.fields(cls):
+        assert dict(field.metadata) in ({}, schema.OUTSIDE_IDENTITY, schema.CONTENT), f"{cls.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_defaults_are_not_shared(cls: type) -> None:
+    """Two configs made from defaults do not share a list or mapping."""
+    for field in dataclasses.fields(cls):
+        if field.default_factory is not dataclasses.MISSING:
+            assert field.default_factory() is not field.default_factory()
+        assert not isinstance(field.default, list | dict)
+
+
+def test_values_of_conf_are_those_of_the_dataclasses() -> None:
+    """A config built in code means the same as one composed, where the option is the group's plain one."""
+    plain = ["optimizer/adamw", "schedule/cosine", "adapter/lora", "data/policy/default", "tracking/mlflow"]
+    plain += ["evaluation/default", "checkpoint/default", "trainer/default", "task/sft", "task/reward", "task/cost"]
+    for group, _, option in (name.rpartition("/") for name in plain):
+        cls = schema_of(group, option)
+        content = read(CONF / group / f"{option}.yaml")
+        required = {name: content[name] for name in ("name", "_target_") if name in content}
+        assert dataclasses.asdict(cls(**required)) == content, group

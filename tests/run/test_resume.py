@@ -1,0 +1,245 @@
+"""SIGKILL at any moment, the same command again, and the end is the same to the last bit.
+
+An epoch of the small runs is 20 rows, a step 8: step 5 ends an epoch, every other epoch ends in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import (
+    STEPS,
+    TASKS,
+    RunServer,
+    assert_same,
+    assert_same_end,
+    curves,
+    metrics,
+    only_run,
+    small,
+    state,
+    status,
+    weights,
+)
+
+KILL = signal.SIGKILL
+Reference = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server: RunServer, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Folder of a run that nothing disturbed; each is made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run(*overrides: str) -> Path:
+        if overrides not in made:
+            outputs = tmp_path_factory.mktemp("uninterrupted")
+            ended = server.run(*overrides, f"output_root={outputs}")
+            assert ended.code == 0, ended.output
+            made[overrides] = only_run(outputs)
+        return made[overrides]
+
+    return run
+
+
+def killed_and_resumed(
+    server: RunServer, outputs: Path, overrides: list[str], *deaths: tuple[str, int], resumes_at: int | None = None
+) -> Path:
+    """The folder of a run killed at each of the moments in turn, then left alone."""
+    for at, step in deaths:
+        ended = server.run(*overrides, f"output_root={outputs}", die={"signal": KILL, "at": at, "step": step})
+        assert ended.code == -KILL, ended.output
+        folder = only_run(outputs)
+        assert status(folder)["status"] == "running"  # nobody was left to say otherwise
+    ended = server.run(*overrides, f"output_root={outputs}")
+    assert ended.code == 0, ended.output
+    if resumes_at is not None:
+        assert f"step-{resumes_at:08d}.ckpt" in ended.output if resumes_at else "going on" not in ended.output
+    return only_run(outputs)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_killed_in_the_middle_of_an_epoch(
+    task: str, server: RunServer, uninterrupted: Reference, tmp_path: Path
+) -> None:
+    overrides = [f"task={task}"]
+    folder = killed_and_resumed(server, tmp_path, overrides, ("train_batch_start", 7), resumes_at=6)
+    whole = uninterrupted(*overrides)
+    assert_same_end(folder, whole)
+    assert folder.name == whole.name
+    # the runs are no constant: the model moved, and other rows would have moved it elsewhere
+    other = uninterrupted(*overrides, "seed=1") if task == "reward" else None
+    if other is not None:
+        with pytest.raises(AssertionError):
+            assert_same(weights(folder), weights(other))
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param("reward"), *(pytest.param(t, marks=pytest.mark.slow) for t in ("sft", "cost"))]
+)
+def test_killed_at_the_border_of_two_epochs(
+    task: str, server: RunServer, uninterrupted: Reference, tmp_path: Path
+) -> None:
+    overrides = [f"task={task}"]
+    at_border = [*overrides, "checkpoint.every_steps=5"]
+    folder = killed_and_resumed(server, tmp_path, at_border, ("train_batch_start", 5), resumes_at=5)
+    assert_same_end(folder, uninterrupted(*overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("at", "step", "every", "resumes_at"),
+    [
+        ("train_batch_start", 2, 3, 0),  # before anything was saved: the run starts anew
+        ("train_batch_end", 8, 4, 4),  # a step was done and not saved yet
+        ("validation", 8, 4, 8),  # saved at 8, validation of step 8 not done
+        ("validation", 12, 4, 12),  # the same at the very end
+        ("saving", 6, 3, 3),  # half a file
+        ("saved", 6, 3, 6),
+        ("saved", 12, 3, 12),  # the last step's state, before validation
+        ("fitted", 12, 3, 12),
+        ("evaluated", 12, 5, 12),  # the state at the end is saved whatever is due
+        ("exported", 12, 3, 12),
+    ],
+)
+def test_killed_at_any_other_moment(
+    task: str,
+    at: str,
+    step: int,
+    every: int,
+    resumes_at: int,
+    server: RunServer,
+    uninterrupted: Reference,
+    tmp_path: Path,
+) -> None:
+    if task != "reward" and at in ("train_batch_start", "saved", "fitted", "exported"):
+        pytest.skip("the same code for every task")
+    overrides = [f"task={task}"]
+    changed = [*overrides, f"checkpoint.every_steps={every}"]
+    folder = killed_and_resumed(server, tmp_path, changed, (at, step), resumes_at=resumes_at)
+    assert_same_end(folder, uninterrupted(*overrides))
+    assert not [path for path in folder.rglob(".*") if path.name != ".lock"], "leftovers of the killed process"
+
+
+def test_killed_during_validation(server: RunServer, uninterrupted: Reference, tmp_path: Path) -> None:
+    overrides = ["task=reward"]
+    changed = [*overrides, "checkpoint.every_steps=4"]
+    folder = killed_and_resumed(server, tmp_path, changed, ("validation", 8), resumes_at=8)
+    assert_same_end(folder, uninterrupted(*overrides))
+    # the validation that was cut short was made up for
+    assert [step for step, _ in curves(folder)["val/reward/pair_accuracy"]] == [4, 8, 12]
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(server: RunServer, uninterrupted: Reference, tmp_path: Path) -> None:
+    overrides = ["task=cost"]
+    changed = [*overrides, "checkpoint.every_steps=2"]
+    deaths = [("train_batch_start", 3), ("saving", 4), ("validation", 4), ("train_batch_end", 9), ("evaluated", 12)]
+    folder = killed_and_resumed(server, tmp_path, changed, *deaths, resumes_at=12)
+    assert_same_end(folder, uninterrupted(*overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [16, 24, 25])
+def test_epochs_that_end_with_a_step_or_within_one(
+    rows: int, server: RunServer, uninterrupted: Reference, tmp_path: Path
+) -> None:
+    """16 and 24 rows: every epoch ends with a step. 25: none does within the run."""
+    overrides = ["task=reward", f"data.train_rows={rows}"]
+    folder = killed_and_resumed(
+        server, tmp_path, overrides, ("train_batch_start", 4), ("train_batch_start", 6), resumes_at=6
+    )
+    assert_same_end(folder, uninterrupted(*overrides))
+
+
+def test_a_finished_run_is_left_as_it_is(server: RunServer, uninterrupted: Reference) -> None:
+    whole = uninterrupted("task=reward")
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    ended = server.run("task=reward", f"output_root={whole.parent.parent}")
+    assert ended.code == 0 and "finished before" in ended.output
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_checkpoints_are_dropped_when_finished_and_only_then(server: RunServer, tmp_path: Path) -> None:
+    overrides = ["task=reward", "checkpoint.keep_when_finished=false", "checkpoint.keep=2", f"output_root={tmp_path}"]
+    ended = server.run(*overrides, die={"signal": KILL, "at": "exported"})
+    assert ended.code == -KILL
+    folder = only_run(tmp_path)
+    assert sorted(p.name for p in folder.glob("checkpoints/*")) == ["step-00000009.ckpt", "step-00000012.ckpt"]
+    # export and metrics are there, and the run is still not called finished
+    assert metrics(folder) and weights(folder) and status(folder)["status"] == "running"
+    assert server.run(*overrides).code == 0
+    assert not list(folder.glob("checkpoints/*")) and status(folder)["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_plain_command_killed_from_outside(tmp_path: Path, project_root: Path, uninterrupted: Reference) -> None:
+    """No test code inside the process: started as a user does, killed once a checkpoint is seen."""
+    whole = uninterrupted("task=reward")
+    command = [sys.executable, "train.py", *small("task=reward", f"output_root={tmp_path}")]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=project_root, **quiet)  # type: ignore[call-overload]
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("*/*/checkpoints/step-*.ckpt")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.001)
+    os.kill(process.pid, KILL)
+    assert process.wait() == -KILL
+    folder = only_run(tmp_path)
+    assert status(folder)["status"] == "running" and state(folder)["global_step"] < STEPS
+    subprocess.run(command, cwd=project_root, check=True, timeout=120, **quiet)  # type: ignore[call-overload]
+    assert_same_end(folder, whole)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(server: RunServer, tmp_path: Path) -> None:
+    overrides = ["task=reward", f"output_root={tmp_path}"]
+    assert server.run(*overrides, die={"signal": KILL, "at": "train_batch_start", "step": 7}).code == -KILL
+    folder = only_run(tmp_path)
+    (path,) = folder.glob("checkpoints/*.ckpt")
+    whole = torch.load(path, weights_only=True)
+    for name in ("model.heads.score.bias", "model.trunk.layers.0.mlp.up_proj.weight"):
+        assert name in whole["state_dict"]
+        torch.save({**whole, "state_dict": {k: v for k, v in whole["state_dict"].items() if k != name}}, path)
+        ended = server.run(*overrides)
+        assert ended.code == 2
+        assert ended.lines[-1].startswith("error: the checkpoint lacks 1 trained weights") and name in ended.lines[-1]
+        assert "Traceback" not in ended.output
+    assert status(folder)["status"] == "failed" and "lacks" in status(folder)["error"]
+    torch.save(whole, path)
+    assert server.run(*overrides).code == 0
+
+
+def test_a_damaged_checkpoint_is_one_line(server: RunServer, tmp_path: Path) -> None:
+    overrides = ["task=reward", f"output_root={tmp_path}"]
+    assert server.run(*overrides, die={"signal": KILL, "at": "train_batch_start", "step": 7}).code == -KILL
+    (path,) = only_run(tmp_path).glob("checkpoints/*.ckpt")
+    path.write_bytes(path.read_bytes()[:1000])
+    ended = server.run(*overrides)
+    assert ended.code == 2 and "Traceback" not in ended.output
+    assert "cannot be read" in ended.lines[-1] and str(path) in ended.lines[-1] and "delete it" in ended.lines[-1]
+
+
+def test_two_processes_do_not_share_a_run(server: RunServer, tmp_path: Path) -> None:
+    overrides = ["task=reward", f"output_root={tmp_path}"]
+    stopped, log = server.start(*overrides, die={"signal": signal.SIGSTOP, "at": "train_batch_start", "step": 4})
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("*/*/checkpoints/step-*.ckpt")):
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.01)
+    second = server.run(*overrides)
+    assert second.code == 2 and f"in progress in process {stopped}" in second.lines[-1]
+    os.kill(stopped, signal.SIGCONT)
+    assert server.wait(stopped, log).code == 0
+    assert json.loads((only_run(tmp_path) / "status.json").read_text())["status"] == "finished"

@@ -1,0 +1,212 @@
+"""The smallest runs that still have everything: several epochs, micro-batches, validation, test, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from saferlhf.config.paths import conf_dir
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.validate import train_config
+from saferlhf.run.prepare import checked, locate_run
+
+TASKS = ("sft", "reward", "cost")
+
+# 20 rows in batches of 8: an epoch ends in the middle of a step, and at the end of every fifth
+SMALL = [
+    "backbone.architecture.num_hidden_layers=1",
+    "backbone.architecture.hidden_size=32",
+    "backbone.architecture.intermediate_size=64",
+    "backbone.architecture.num_attention_heads=2",
+    "backbone.architecture.num_key_value_heads=2",
+    "data.train_rows=20",
+    "data.val_rows=10",
+    "data.test_rows=10",
+    "trainer.batch_size=8",
+    "trainer.micro_batch_size=3",
+    "trainer.eval_batch_size=8",
+    "trainer.epochs=20",
+    "trainer.max_steps=12",
+    "trainer.val_every_steps=4",
+    "trainer.log_every_steps=3",
+    "trainer.threads=1",
+    "trainer.progress=none",
+    "checkpoint.every_steps=3",
+    "checkpoint.every_minutes=null",
+    "checkpoint.keep_when_finished=true",
+    "evaluation.bootstrap_draws=50",
+    "tracking=none",
+]
+STEPS = 12
+
+
+def small(*overrides: str) -> list[str]:
+    """The overrides of a small run, with these instead of or beside them."""
+    keyed = {override.partition("=")[0]: override for override in (*SMALL, *overrides)}
+    return list(keyed.values())
+
+
+def config(*overrides: str) -> TrainConfig:
+    """A small run's checked config."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return checked(train_config(compose("train", small(*overrides))))
+
+
+def prepared(*overrides: str) -> Any:
+    """A small run in this process, ready to be trained; each call makes new objects."""
+    from saferlhf.run.stages import prepare
+
+    run = locate_run(config(*overrides))
+    run.folder.path.mkdir(parents=True, exist_ok=True)
+    return prepare(run)
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every exported tensor, by file and name."""
+    from safetensors.torch import load_file
+
+    files = sorted((folder / "export").rglob("*.safetensors"))
+    assert files
+    return {f"{file.name}/{name}": value for file in files for name, value in load_file(str(file)).items()}
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint."""
+    newest = sorted((folder / "checkpoints").glob("step-*.ckpt"))[-1]
+    return torch.load(newest, weights_only=True)
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    """Final metrics without the time they took."""
+    found = json.loads((folder / "metrics.json").read_text())
+    return {name: value for name, value in found.items() if name != "train/seconds"}
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """The status file as it is."""
+    return json.loads((folder / "status.json").read_text())
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The training curves."""
+    from saferlhf.training.curves import read_curves
+
+    return read_curves(folder / "curves.jsonl")
+
+
+def assert_same(one: Any, other: Any, at: str = "") -> None:
+    """Equal to the last bit, whatever the nesting."""
+    assert type(one) is type(other), f"{at}: {type(one)} and {type(other)}"
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), f"{at} differs"
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), f"{at}: {sorted(map(str, one.keys() ^ other.keys()))}"
+        for key in one:
+            assert_same(one[key], other[key], f"{at}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), f"{at}: {len(one)} and {len(other)} items"
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{at}/{number}")
+    else:
+        assert one == other, f"{at}: {one} and {other}"
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Two run folders hold the same model, optimizer, schedule, generators, curves and metrics, bit by bit."""
+    assert_same(weights(one), weights(other), "export")
+    first, second = state(one), state(other)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "running", "callbacks"):
+        assert_same(first[key], second[key], key)
+    assert_same(curves(one), curves(other), "curves")
+    assert_same(metrics(one), metrics(other), "metrics")
+    assert status(one)["status"] == status(other)["status"] == "finished"
+
+
+# ------------------------------------------------------------------------------------------------ processes
+@dataclass
+class Ended:
+    """A process that ended: its exit code (negative: the signal that killed it) and what it printed."""
+
+    code: int
+    output: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.output.splitlines()
+
+
+class RunServer:
+    """Starts commands in processes of their own (see `run_server.py`)."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self._count = 0
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(
+        self,
+        *arguments: str,
+        die: dict[str, Any] | None = None,
+        command: str = "train",
+        files_at_most: int | None = None,
+    ) -> tuple[int, Path]:
+        """Start a command; its process id and log file."""
+        self._count += 1
+        log = self.logs / f"{self._count}.log"
+        request = {
+            "do": "start",
+            "command": command,
+            "arguments": small(*arguments) if command == "train" else list(arguments),
+            "die": die,
+            "log": str(log),
+            "files_at_most": files_at_most,
+        }
+        return self._ask(request), log
+
+    def wait(self, pid: int, log: Path, seconds: float = 120) -> Ended:
+        """Wait until a process is gone."""
+        until = time.monotonic() + seconds
+        while (code := self._ask({"do": "poll", "pid": pid})) is None:
+            if time.monotonic() > until:
+                os.kill(pid, 9)
+                raise AssertionError(f"still running after {seconds} s:\n{log.read_text()}")
+            time.sleep(0.02)
+        return Ended(code, log.read_text())
+
+    def run(self, *arguments: str, **options: Any) -> Ended:
+        """Start a command and wait for its end."""
+        return self.wait(*self.start(*arguments, **options))
+
+    def close(self) -> None:
+        """End the server."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait(10)
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        if self._process is None:
+            server = Path(__file__).with_name("run_server.py")
+            self._process = subprocess.Popen(
+                [sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def only_run(outputs: Path) -> Path:
+    """The one run folder under an output root."""
+    (folder,) = [path.parent for path in outputs.glob("*/*/status.json")]
+    return folder
