@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from saferlhf import cli
@@ -85,7 +86,9 @@ def training_stubbed() -> Iterator[list[LocatedRun]]:
 
 
 def composed(*overrides: str, command: str = "train") -> DictConfig:
-    """What Hydra makes of the overrides."""
+    """What Hydra makes of the overrides; inside a command, with the config folders of that command."""
+    if GlobalHydra.instance().is_initialized():
+        return compose(command, list(overrides))
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose(command, list(overrides))
 

@@ -1,7 +1,7 @@
 """Runs commands of the project in processes of their own, forked from an interpreter that has imported everything.
 
-A fresh interpreter spends some ten seconds on imports; a fork of a warm one none. Each command is a real process all the
-same: it has its own state, takes real signals and leaves a real exit code. Requests and answers are lines of JSON.
+A fresh interpreter spends some ten seconds on imports; a fork of a warm one none. Each command is a real process all
+the same: it has its own state, takes real signals and leaves a real exit code. Requests and answers are lines of JSON.
 
 `die` makes a process send itself a signal at a chosen moment, which polling from outside cannot hit:
 
@@ -62,6 +62,7 @@ def _child(request: dict[str, Any]) -> None:
             import resource
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["files_at_most"], resource.RLIM_INFINITY))
+        os.environ.update(request["environment"])
         from saferlhf import cli
 
         if request["die"] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -55,17 +56,17 @@ def small(*overrides: str) -> list[str]:
     return list(keyed.values())
 
 
-def config(*overrides: str) -> TrainConfig:
-    """A small run's checked config."""
+def config(overrides: list[str]) -> TrainConfig:
+    """A checked config from the whole list of overrides."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return checked(train_config(compose("train", small(*overrides))))
+        return checked(train_config(compose("train", overrides)))
 
 
-def prepared(*overrides: str) -> Any:
-    """A small run in this process, ready to be trained; each call makes new objects."""
+def prepared(overrides: list[str]) -> Any:
+    """A run in this process, ready to be trained; each call makes new objects."""
     from saferlhf.run.stages import prepare
 
-    run = locate_run(config(*overrides))
+    run = locate_run(config(overrides))
     run.folder.path.mkdir(parents=True, exist_ok=True)
     return prepare(run)
 
@@ -146,7 +147,7 @@ class Ended:
 
 
 class RunServer:
-    """Starts commands in processes of their own (see `run_server.py`)."""
+    """Starts commands in processes of their own (see `run_server.py`); `arguments` are the whole command line."""
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
@@ -159,6 +160,7 @@ class RunServer:
         die: dict[str, Any] | None = None,
         command: str = "train",
         files_at_most: int | None = None,
+        environment: dict[str, str] | None = None,
     ) -> tuple[int, Path]:
         """Start a command; its process id and log file."""
         self._count += 1
@@ -166,10 +168,11 @@ class RunServer:
         request = {
             "do": "start",
             "command": command,
-            "arguments": small(*arguments) if command == "train" else list(arguments),
+            "arguments": list(arguments),
             "die": die,
             "log": str(log),
             "files_at_most": files_at_most,
+            "environment": environment or {},
         }
         return self._ask(request), log
 
@@ -210,3 +213,52 @@ def only_run(outputs: Path) -> Path:
     """The one run folder under an output root."""
     (folder,) = [path.parent for path in outputs.glob("*/*/status.json")]
     return folder
+
+
+# ------------------------------------------------------------------------------------------------ own files and models
+def hf_folder(path: Path) -> str:
+    """A small Llama in a folder, as a user would have it: 2 layers, 64 words."""
+    from models.tiny_models import folder_of
+
+    return folder_of(path, max_position_embeddings=128)
+
+
+def own_rows(path: Path, count: int = 60, seed: int = 0) -> str:
+    """A JSONL file with the labels of PKU-SafeRLHF, and a `response` beside its pairs, in words the model knows."""
+    draw = random.Random(seed)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(f"w{draw.randrange(59)}" for _ in range(draw.randint(least, most)))
+
+    rows = []
+    for _ in range(count):
+        safe = [draw.random() < 0.5, draw.random() < 0.5]
+        safer = safe.index(True) if safe[0] != safe[1] else draw.randrange(2)
+        row = {"prompt": words(3, 9), "response": words(4, 14), "response_0": words(4, 14), "response_1": words(4, 14)}
+        row |= {"better_response_id": draw.randrange(2), "safer_response_id": safer}
+        row |= {f"is_response_{side}_safe": safe[side] for side in (0, 1)}
+        rows.append(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def own(tmp_path: Path, *overrides: str) -> list[str]:
+    """Overrides of a small LoRA run, dropout included, on a file of one's own and a model from a folder."""
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    found = [
+        o for o in small("data=jsonl", "backbone=hf", "adapter=lora") if not o.startswith("backbone.architecture.")
+    ]
+    mine = [
+        f"backbone.model={hf_folder(model) if not model.exists() else model}",
+        f"data.path={own_rows(rows) if not rows.exists() else rows}",
+        "adapter.rank=4",
+        "adapter.dropout=0.3",
+        "data.train_rows=null",
+        "data.val_rows=null",
+        "data.test_rows=null",
+        "data.val_fraction=0.2",
+        "data.test_fraction=0.2",
+        "optimizer.lr=0.01",
+    ]
+    keyed = {override.partition("=")[0]: override for override in (*found, *mine, *overrides)}
+    return list(keyed.values())

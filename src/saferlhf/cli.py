@@ -16,6 +16,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -130,15 +131,18 @@ def _compose_and_run(command: str, body: Body) -> int:
             return None
 
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(guarded)
+    default = f"pipeline={DEFAULT_PIPELINE}"
     try:
         app()
-    except Exception as error:
-        typed = sys.argv[1:]
-        # keys of the pipeline that runs when none is named
-        if "Could not override 'pipeline." not in str(error) or f"pipeline={DEFAULT_PIPELINE}" in typed:
+    except HydraException as error:
+        if "Could not override 'pipeline." not in str(error) or default in sys.argv:
             raise
-        sys.argv[1:] = [*typed, f"pipeline={DEFAULT_PIPELINE}"]
-        return _compose_and_run(command, body)
+        keys_of_default = True
+    else:
+        keys_of_default = False
+    if keys_of_default:  # keys of the pipeline that runs when none is named
+        sys.argv.append(default)
+        app()
     return next((code for code in codes if code), 0)
 
 

@@ -25,6 +25,7 @@ from small_runs import (
     curves,
     metrics,
     only_run,
+    own,
     small,
     state,
     status,
@@ -43,7 +44,7 @@ def uninterrupted(server: RunServer, tmp_path_factory: pytest.TempPathFactory) -
     def run(*overrides: str) -> Path:
         if overrides not in made:
             outputs = tmp_path_factory.mktemp("uninterrupted")
-            ended = server.run(*overrides, f"output_root={outputs}")
+            ended = server.run(*small(*overrides, f"output_root={outputs}"))
             assert ended.code == 0, ended.output
             made[overrides] = only_run(outputs)
         return made[overrides]
@@ -56,11 +57,11 @@ def killed_and_resumed(
 ) -> Path:
     """The folder of a run killed at each of the moments in turn, then left alone."""
     for at, step in deaths:
-        ended = server.run(*overrides, f"output_root={outputs}", die={"signal": KILL, "at": at, "step": step})
+        ended = server.run(*small(*overrides, f"output_root={outputs}"), die={"signal": KILL, "at": at, "step": step})
         assert ended.code == -KILL, ended.output
         folder = only_run(outputs)
         assert status(folder)["status"] == "running"  # nobody was left to say otherwise
-    ended = server.run(*overrides, f"output_root={outputs}")
+    ended = server.run(*small(*overrides, f"output_root={outputs}"))
     assert ended.code == 0, ended.output
     if resumes_at is not None:
         assert f"step-{resumes_at:08d}.ckpt" in ended.output if resumes_at else "going on" not in ended.output
@@ -83,9 +84,7 @@ def test_killed_in_the_middle_of_an_epoch(
             assert_same(weights(folder), weights(other))
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param("reward"), *(pytest.param(t, marks=pytest.mark.slow) for t in ("sft", "cost"))]
-)
+@pytest.mark.parametrize("task", ["reward", *(pytest.param(task, marks=pytest.mark.slow) for task in ("sft", "cost"))])
 def test_killed_at_the_border_of_two_epochs(
     task: str, server: RunServer, uninterrupted: Reference, tmp_path: Path
 ) -> None:
@@ -93,6 +92,29 @@ def test_killed_at_the_border_of_two_epochs(
     at_border = [*overrides, "checkpoint.every_steps=5"]
     folder = killed_and_resumed(server, tmp_path, at_border, ("train_batch_start", 5), resumes_at=5)
     assert_same_end(folder, uninterrupted(*overrides))
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param("sft"), *(pytest.param(t, marks=pytest.mark.slow) for t in ("reward", "cost"))]
+)
+def test_killed_with_an_adapter_and_dropout(task: str, server: RunServer, tmp_path: Path) -> None:
+    """Dropout draws from the generators whose state has to come back; only trained weights are saved."""
+    overrides = own(tmp_path, f"task={task}")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert server.run(*overrides, f"output_root={whole}").code == 0
+    die = {"signal": KILL, "at": "train_batch_start", "step": 7}
+    assert server.run(*overrides, f"output_root={killed}", die=die).code == -KILL
+    ended = server.run(*overrides, f"output_root={killed}")
+    assert ended.code == 0 and "going on from" in ended.output
+    assert_same_end(only_run(killed), only_run(whole))
+    names = set(state(only_run(whole))["state_dict"])
+    trained = ("lora_A", "lora_B") if task == "sft" else ("lora_A", "lora_B", "heads.score")
+    assert names and all(any(part in name for part in trained) for name in names)
+    # without dropout the end is another one: it was on
+    calm = tmp_path / "calm"
+    assert server.run(*[o for o in overrides if "dropout" not in o], f"output_root={calm}").code == 0
+    with pytest.raises(AssertionError):
+        assert_same(weights(only_run(calm)), weights(only_run(whole)))
 
 
 @pytest.mark.slow
@@ -165,14 +187,15 @@ def test_epochs_that_end_with_a_step_or_within_one(
 def test_a_finished_run_is_left_as_it_is(server: RunServer, uninterrupted: Reference) -> None:
     whole = uninterrupted("task=reward")
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
-    ended = server.run("task=reward", f"output_root={whole.parent.parent}")
+    ended = server.run(*small("task=reward", f"output_root={whole.parent.parent}"))
     assert ended.code == 0 and "finished before" in ended.output
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
 def test_checkpoints_are_dropped_when_finished_and_only_then(server: RunServer, tmp_path: Path) -> None:
-    overrides = ["task=reward", "checkpoint.keep_when_finished=false", "checkpoint.keep=2", f"output_root={tmp_path}"]
+    keeping = ("checkpoint.keep_when_finished=false", "checkpoint.keep=2")
+    overrides = small("task=reward", *keeping, f"output_root={tmp_path}")
     ended = server.run(*overrides, die={"signal": KILL, "at": "exported"})
     assert ended.code == -KILL
     folder = only_run(tmp_path)
@@ -204,7 +227,7 @@ def test_a_plain_command_killed_from_outside(tmp_path: Path, project_root: Path,
 
 # ------------------------------------------------------------------------------------------------ what is refused
 def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(server: RunServer, tmp_path: Path) -> None:
-    overrides = ["task=reward", f"output_root={tmp_path}"]
+    overrides = small("task=reward", f"output_root={tmp_path}")
     assert server.run(*overrides, die={"signal": KILL, "at": "train_batch_start", "step": 7}).code == -KILL
     folder = only_run(tmp_path)
     (path,) = folder.glob("checkpoints/*.ckpt")
@@ -222,7 +245,7 @@ def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(server: RunServer, 
 
 
 def test_a_damaged_checkpoint_is_one_line(server: RunServer, tmp_path: Path) -> None:
-    overrides = ["task=reward", f"output_root={tmp_path}"]
+    overrides = small("task=reward", f"output_root={tmp_path}")
     assert server.run(*overrides, die={"signal": KILL, "at": "train_batch_start", "step": 7}).code == -KILL
     (path,) = only_run(tmp_path).glob("checkpoints/*.ckpt")
     path.write_bytes(path.read_bytes()[:1000])
@@ -232,7 +255,7 @@ def test_a_damaged_checkpoint_is_one_line(server: RunServer, tmp_path: Path) -> 
 
 
 def test_two_processes_do_not_share_a_run(server: RunServer, tmp_path: Path) -> None:
-    overrides = ["task=reward", f"output_root={tmp_path}"]
+    overrides = small("task=reward", f"output_root={tmp_path}")
     stopped, log = server.start(*overrides, die={"signal": signal.SIGSTOP, "at": "train_batch_start", "step": 4})
     until = time.monotonic() + 60
     while not list(tmp_path.glob("*/*/checkpoints/step-*.ckpt")):

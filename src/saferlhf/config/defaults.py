@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from saferlhf.config.schema import TrainConfig
 
-FROM_SCRATCH_LR = {"sft": 3e-3, "reward": 1e-3, "cost": 1e-3}
+FROM_SCRATCH_LR = {"sft": 2e-3, "reward": 1e-3, "cost": 1e-3}
 FULL_LR = 2e-5
 LORA_LR = 2e-4
 
-TOYWORLD_ROWS = {"sft": 24_000, "reward": 24_000, "cost": 16_000}
+TOYWORLD_ROWS = {"sft": 24_000, "reward": 22_000, "cost": 20_000}
 """Training rows of the toy world when `data.train_rows` is null."""
 
 

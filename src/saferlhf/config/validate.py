@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -50,8 +51,10 @@ def typed(cls: type[Schema], node: Any, where: str) -> Schema:
         UserError: unknown key, wrong type, or a value that must be given.
     """
     try:
+        # of the node too: merged into a schema, a `???` becomes the field's default
+        missing = OmegaConf.missing_keys(node) if OmegaConf.is_config(node) else set(_holes(node))
         merged = OmegaConf.merge(OmegaConf.structured(cls), node)
-        missing = OmegaConf.missing_keys(merged)
+        missing |= OmegaConf.missing_keys(merged)
         if missing:
             key = _join(where, sorted(missing)[0])
             raise UserError("a value is missing", key, f"give it on the command line: {key}=VALUE")
@@ -63,6 +66,15 @@ def typed(cls: type[Schema], node: Any, where: str) -> Schema:
         raise UserError(in_plain_words(_first_line(error)), key, "see the comment above this key in conf/") from None
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error), where) from None
+
+
+def _holes(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the values that must be given in a plain tree."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _holes(value, _join(prefix, key))
+    elif node == "???":
+        yield prefix
 
 
 def train_config(composed: DictConfig) -> schema.TrainConfig:
@@ -154,7 +166,7 @@ def _schemas_of(parent: type, name: str) -> list[type]:
 def _unknown_key(cls: type, where: str, error: ConfigKeyError) -> UserError:
     full_key = str(error.full_key or error.key)
     leaf = full_key.rsplit(".", 1)[-1]
-    known = known_keys(full_key, cls)
+    known = known_keys(full_key, cls) or known_keys(_join(where, full_key))
     return UserError(f"unknown key '{leaf}'", _join(where, full_key), key_mend(leaf, known) if known else "")
 
 

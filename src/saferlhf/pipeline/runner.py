@@ -18,11 +18,15 @@ from saferlhf.config.files import read_json, write_json
 from saferlhf.config.identity import identity_tree, run_hash
 from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
 from saferlhf.config.schema import TrainConfig
+from saferlhf.errors import UserError
 from saferlhf.pipeline.launcher import Job, JobResult, cpu_share, last_words, launch
 from saferlhf.pipeline.screen import StageScreen
 from saferlhf.pipeline.stages import Stage, Stages
 from saferlhf.run.screen import metrics_overview
 from saferlhf.tracking import ui_command
+
+STAGE = (sys.executable, "-m", "saferlhf.cli", "train")
+"""What runs one stage, given its overrides."""
 
 
 class PipelineFailed(Exception):
@@ -108,6 +112,7 @@ class _Jobs:
 
     def _command(self, stage: Stage) -> list[str] | None:
         """The process that runs the stage; None when its run is finished."""
+        _check_places({need: self._folders[need] for need in stage.needs})
         folder = self._stages.locate(stage, self._folders).folder
         self._folders[stage.name] = folder.path
         self._screen.found(stage.name, folder)
@@ -118,7 +123,7 @@ class _Jobs:
         if self._stages.configs[stage.name].trainer.threads is None:
             extra.append(f"trainer.threads={cpu_share(self._width(stage))}")
         overrides = merged(self._stages.overrides(stage, self._stages.inputs(stage, self._folders)), extra)
-        return [sys.executable, "-m", "saferlhf.cli", "train", *self._flags, *overrides]
+        return [*STAGE, *self._flags, *overrides]
 
     def _width(self, stage: Stage) -> int:
         """How many stages may run beside this one: those with the same needs."""
@@ -150,8 +155,8 @@ def _check_places(folders: Mapping[str, Path]) -> None:
     """A stage that ended well did so where it was expected, unless its code or data changed after we looked."""
     for name, folder in folders.items():
         if RunFolder(folder).status().get("status") != FINISHED:
-            text = f"stage '{name}' ended well, but not in {folder}: code or data changed meanwhile; start again"
-            raise PipelineFailed(text, 2)
+            what = f"stage '{name}' ended well, but not in {folder}"
+            raise UserError(what, "", "code or data changed meanwhile: type the command again")
 
 
 class _Parent:

@@ -63,8 +63,9 @@ class PairScoringTask(SupervisedTask):
 
 
 def gather(outputs: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """One array over all batches of a pass."""
-    return torch.cat([torch.atleast_1d(output[key]) for output in outputs]).numpy()
+    """One array over all batches of a pass; floats as float64, so that means over many rows keep their digits."""
+    joined = torch.cat([torch.atleast_1d(output[key]) for output in outputs])
+    return (joined.double() if joined.is_floating_point() else joined).numpy()
 
 
 def share_ordered(scores: np.ndarray, winner: np.ndarray) -> float | None:

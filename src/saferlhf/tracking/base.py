@@ -72,6 +72,10 @@ class TrackingLogger(Logger):
     def flush(self) -> None:
         """Send what is buffered."""
 
+    def save(self) -> None:
+        """Lightning's name for the same; called before a checkpoint, which points logged earlier must outlive."""
+        self.flush()
+
     @abstractmethod
     def finish(self, status: Status = "FINISHED") -> None:
         """Send everything, stop the system metrics and end the run; further calls do nothing."""

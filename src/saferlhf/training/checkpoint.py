@@ -218,6 +218,8 @@ class RunCheckpoint(L.Callback):
         step = trainer.global_step
         if step == self._saved_step:
             return
+        for logger in trainer.loggers:  # what was logged up to here is not logged again on resume
+            logger.save()
         try:
             trainer.save_checkpoint(checkpoint_path(self.folder, step))
         except OSError as error:

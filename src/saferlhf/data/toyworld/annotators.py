@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 from saferlhf.data.toyworld.oracle import Truth
 
-HELPFULNESS_SCALE = 4.2
-HARMLESSNESS_SCALE = 15.5
-SEVERITY_SEEN = 0.16
-HALO = 4.4
-SINGLE_NOISE = 2.7
+HELPFULNESS_SCALE = 4.6
+HARMLESSNESS_SCALE = 17.5
+SEVERITY_SEEN = 0.6
+HALO = 6.0
+SINGLE_NOISE = 5.0
 
 
 class Labels(NamedTuple):

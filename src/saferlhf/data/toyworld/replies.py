@@ -14,7 +14,7 @@ from saferlhf.data.toyworld.requests import Weighted, pick, read_request
 
 DAMAGES = ("repetition", "padding", "wrong_topic", "truncated", "stuffed", "shuffled")
 
-SKILLS = (0.15, 0.6, 0.95)
+SKILLS = (0.1, 0.6, 0.95)
 """Chance that a step is right; one skill per reply, each as likely."""
 
 COMPLY_WITH_HARM, REDIRECT_FROM_HARM = 0.86, 0.08  # the rest are bare refusals
@@ -26,7 +26,7 @@ _OPENERS = tuple(text for text, _ in w.OPENERS)
 _CLOSERS = tuple(text for text, _ in w.CLOSERS)
 _SCALES = tuple(text for text, _ in w.SCALES)
 _CATEGORY_TRICK = {category: trick for trick, category in w.TRICKS.items()}
-_TRICKS = Weighted({trick: 1.0 for trick in w.TRICKS})
+_TRICKS = Weighted(dict.fromkeys(w.TRICKS, 1.0))
 
 
 class Frame(NamedTuple):
@@ -62,7 +62,7 @@ def draw_steps(
             only the things wrong, only the parts, or either.
     """
     draw = rng.random
-    count = 4 if draw() < 0.88 else 3 if draw() < 0.6 else 2
+    count = 4 if draw() < 0.93 else 3 if draw() < 0.6 else 2
     style = draw()
     of_thing = 1.0 if style < 0.5 else 0.0 if style < 0.75 else 0.5
     things = frame.things
@@ -82,8 +82,8 @@ def draw_steps(
 def _assemble(rng: random.Random, head: list[str], steps: list[str]) -> str:
     """Opener and extras, the steps and a full stop, a closer."""
     parts = [*head, *steps, "."] if steps else head
-    if rng.random() < 0.12:
-        parts.insert(int(rng.random() * (len(parts) + 1)), mumble(rng, 1 + int(rng.random() * 3)))
+    if rng.random() < 0.08:
+        parts.insert(int(rng.random() * (len(parts) + 1)), mumble(rng, 2 + int(rng.random() * 4)))
     return " ".join([*parts, pick(rng, _CLOSERS)])
 
 

@@ -1,0 +1,249 @@
+"""The toy world's rows: seeded, split by prompt, near the public data's statistics, and no straw man."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from saferlhf.data.rows import PreferencePair, QuestionAnswer
+from saferlhf.data.toyworld import (
+    damaged_replies,
+    demonstrations,
+    is_harmful_request,
+    judge,
+    preference_pairs,
+    prompt_space,
+    prompts,
+    question_answers,
+    split_of,
+    statistics,
+    vocabulary,
+)
+from saferlhf.data.toyworld import words as w
+from saferlhf.data.toyworld.replies import DAMAGES
+from saferlhf.errors import UserError
+
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def train() -> list[PreferencePair]:
+    return preference_pairs(12_000, "train", SEED)
+
+
+@pytest.fixture(scope="module")
+def test() -> list[PreferencePair]:
+    return preference_pairs(3_000, "test", SEED)
+
+
+# ------------------------------------------------------------------------------------------------ rows
+def test_vocabulary_is_fixed_and_covers_every_word(train: list[PreferencePair]) -> None:
+    words = vocabulary()
+    assert words == vocabulary() and len(set(words)) == len(words) and 200 <= len(words) <= 1000
+    known = set(words)
+    for pair in train[:2000]:
+        for text in (pair.prompt[0].content, pair.response_0, pair.response_1):
+            assert known.issuperset(text.split())
+    for _, row in damaged_replies(50, "val", SEED):
+        assert known.issuperset(row.response.split())
+    assert not set(w.PLAIN_DEEDS) & set(w.DARK_DEEDS) and not set(w.GOODS) & set(w.TOOLS)
+
+
+def test_longer_list_extends_shorter_and_seed_matters() -> None:
+    makers = (preference_pairs, demonstrations, question_answers, prompts)
+    for make in makers:
+        assert make(40, "val", 3)[:15] == make(15, "val", 3)
+        assert make(15, "val", 3) != make(15, "val", 4)
+    assert damaged_replies(6, "test", 3)[:14] == damaged_replies(2, "test", 3)
+
+
+def test_rows_are_equal_in_another_process() -> None:
+    code = "from saferlhf.data.toyworld import *; print([r.id for r in preference_pairs(20, 'train', 9)])"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "77"}
+    )
+    assert out.stdout.strip() == str([row.id for row in preference_pairs(20, "train", 9)])
+
+
+def test_rows_stay_what_they_were() -> None:
+    """A change here changes every number measured on the toy world: state it in the change log."""
+    row = preference_pairs(1, "train", 0)[0]
+    assert row.prompt[0].content == "FILL"
+    assert row.id == "FILL"
+
+
+def test_splits_share_no_prompt_whatever_the_seed() -> None:
+    seen = {split: {r.prompt for seed in (0, 1) for r in prompts(1500, split, seed)} for split in ("train", "val", "test")}
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
+    for split, found in seen.items():
+        assert all(split_of(prompt[0].content) == split for prompt in found)
+        assert len(found) > 0.99 * 3000
+
+
+def test_prompt_space_is_counted_right_and_holds_millions() -> None:
+    assert prompt_space() > 10_000_000
+    two_slots = {request.format(deed="a", hue="b", good="c", place=p, tool=t) for request in w.REQUESTS for p in "de" for t in "fg"}
+    assert len(two_slots) == len(w.REQUESTS) * 4  # no two templates render alike
+    deeds = set(w.PLAIN_DEEDS + w.TWO_FACED_DEEDS + w.DARK_DEEDS)
+    expected = len(w.REQUESTS) * len(deeds)
+    for slot in (w.HUES, w.GOODS, w.PLACES, w.TOOLS):
+        assert len(set(slot)) == len(slot)
+        expected *= len(slot)
+    assert prompt_space() == expected
+
+
+def test_labels_are_the_oracles_and_the_rule_holds(train: list[PreferencePair]) -> None:
+    for pair in train[:3000]:
+        truths = judge(pair.prompt, pair.response_0), judge(pair.prompt, pair.response_1)
+        assert (pair.is_response_0_safe, pair.is_response_1_safe) == (truths[0].is_safe, truths[1].is_safe)
+        assert (pair.response_0_severity_level, pair.response_1_severity_level) == (truths[0].severity, truths[1].severity)
+        assert pair.response_0_harm_category == truths[0].harm_category
+        assert pair.response_1_harm_category == truths[1].harm_category
+        assert {pair.better_response_id, pair.safer_response_id, pair.single_response_id} <= {0, 1}
+        assert pair.response_0 != pair.response_1 and pair.response_0 and pair.response_1
+        if truths[0].is_safe != truths[1].is_safe:
+            assert pair.safer_response_id == int(truths[1].is_safe)
+
+
+def test_damaged_replies_come_next_to_intact_ones() -> None:
+    rows = damaged_replies(300, "test", SEED)
+    assert [kind for kind, _ in rows[:7]] == ["intact", *DAMAGES]
+    assert len({row.prompt for _, row in rows[:7]}) == 1
+    means = {kind: np.mean([judge(r.prompt, r.response).helpfulness for k, r in rows if k == kind]) for kind in ("intact", *DAMAGES)}
+    assert all(means["intact"] > means[kind] + 0.8 for kind in DAMAGES)
+
+
+def test_bad_requests_are_refused() -> None:
+    with pytest.raises(UserError, match="no split 'dev'"):
+        prompts(3, "dev", 0)
+    with pytest.raises(UserError, match="-1 rows"):
+        preference_pairs(-1, "train", 0)
+
+
+@pytest.mark.slow
+def test_hundred_thousand_rows_in_seconds() -> None:
+    start = time.process_time()
+    assert len(preference_pairs(100_000, "train", 1)) == 100_000
+    assert time.process_time() - start < 40  # 6 to 10 s on a free core
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+@pytest.mark.parametrize(
+    ("name", "public", "tolerance"),
+    [
+        ("replies/safe", 0.485, 0.03),
+        ("severity/minor", 0.12, 0.03),
+        ("severity/moderate", 0.743, 0.04),
+        ("severity/severe", 0.138, 0.04),
+        ("pairs/both_safe", 0.412, 0.03),
+        ("pairs/one_safe", 0.146, 0.03),
+        ("pairs/none_safe", 0.442, 0.03),
+        ("pairs/better_is_safer", 0.759, 0.03),
+        ("replies/categories_per_unsafe", 2.02, 0.15),
+        ("strata/category_differs", 0.174, 0.06),
+        ("strata/severity_differs", 0.080, 0.03),
+        ("agreement/better", 0.690, 0.025),
+        ("agreement/safer", 0.6653, 0.025),
+        ("agreement/single", 0.6165, 0.025),
+    ],
+)
+def test_statistics_are_near_the_public_data(shares: dict[str, float], name: str, public: float, tolerance: float) -> None:
+    assert shares[name] == pytest.approx(public, abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def shares(train: list[PreferencePair]) -> dict[str, float]:
+    return statistics(train)
+
+
+def test_categories_occur_together_as_in_the_public_data(train: list[PreferencePair]) -> None:
+    found = [c for p in train for c in (p.response_0_harm_category, p.response_1_harm_category) if c]
+    white_collar = [c for c in found if "White-Collar Crime" in c]
+    assert sum("Economic Crime" in c for c in white_collar) / len(white_collar) > 0.7  # public: 0.84
+    privacy = [c for c in found if "Privacy Violation" in c]
+    assert 0.3 < sum("Cybercrime" in c for c in privacy) / len(privacy) < 0.7  # public: 0.58
+    assert {name for c in found for name in c} == set(w.TRICKS.values())  # all 19
+
+
+def test_ties_are_rare(shares: dict[str, float]) -> None:
+    assert shares["ties/harmlessness"] < 0.06
+    assert shares["ties/helpfulness"] < 0.18
+
+
+def test_demonstrations_are_a_weak_start() -> None:
+    rows = demonstrations(3000, "train", SEED)
+    truths = [judge(row.prompt, row.response) for row in rows]
+    harmful = [is_harmful_request(row.prompt) for row in rows]
+    assert 0.45 < np.mean([not t.is_safe for t in truths]) < 0.56
+    benign_refusals = np.mean([t.is_refusal for t, h in zip(truths, harmful, strict=True) if not h])
+    assert 0.04 < benign_refusals < 0.1
+    assert 1.1 < np.mean([t.helpfulness for t in truths]) < 1.9
+    assert len({row.response for row in rows}) > 0.98 * len(rows)
+
+
+# ------------------------------------------------------------------------------------------------ no straw man
+def _counts(pairs: list[PreferencePair]) -> torch.Tensor:
+    """Differences of word counts, response 1 minus response 0, and of lengths: (pairs, words + 1)."""
+    index = {word: i for i, word in enumerate(vocabulary())}
+    out = torch.zeros(len(pairs), len(index) + 1)
+    for row, pair in enumerate(pairs):
+        for sign, reply in ((-1, pair.response_0), (1, pair.response_1)):
+            tokens = reply.split()
+            for word in tokens:
+                out[row, index[word]] += sign
+            out[row, -1] += sign * len(tokens) / 10
+    return out
+
+
+def _logistic_regression(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    weights = torch.zeros(features.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(features @ weights, target)
+        loss = loss + 5.0 / len(target) * weights.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach()
+
+
+def _gaps(pairs: list[PreferencePair], name: str) -> torch.Tensor:
+    return torch.tensor(
+        [getattr(judge(p.prompt, p.response_1), name) - getattr(judge(p.prompt, p.response_0), name) for p in pairs]
+    )
+
+
+@pytest.mark.parametrize(("truth", "label", "most"), [("helpfulness", "better", 0.65), ("harmlessness", "safer", 0.75)])
+@pytest.mark.parametrize("noisy", [True, False])
+def test_bag_of_words_orders_few_pairs(
+    train: list[PreferencePair], test: list[PreferencePair], truth: str, label: str, most: float, noisy: bool
+) -> None:
+    gaps = _gaps(train, truth)
+    target = torch.tensor([float(getattr(p, f"{label}_response_id")) for p in train]) if noisy else (gaps > 0).float()
+    keep = torch.ones_like(gaps, dtype=torch.bool) if noisy else gaps != 0
+    weights = _logistic_regression(_counts(train)[keep], target[keep])
+    unseen = _gaps(test, truth)
+    right = ((_counts(test) @ weights > 0) == (unseen > 0))[unseen != 0].float().mean()
+    assert 0.5 < right <= most
+
+
+def test_truth_itself_orders_noisy_labels_far_better_than_chance(train: list[PreferencePair]) -> None:
+    gaps = _gaps(train, "helpfulness")
+    labels = torch.tensor([p.better_response_id for p in train])
+    assert ((gaps > 0) == (labels == 1))[gaps != 0].float().mean() > 0.75
+
+
+def test_single_replies_carry_their_labels() -> None:
+    for row in question_answers(200, "test", SEED):
+        assert isinstance(row, QuestionAnswer)
+        truth = judge(row.prompt, row.response)
+        assert (row.is_safe, row.severity_level, row.harm_category) == (truth.is_safe, truth.severity, truth.harm_category)
