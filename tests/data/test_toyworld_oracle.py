@@ -37,7 +37,7 @@ near_replies = st.lists(  # pieces of real replies, so that steps, phrases and c
 some_prompts = st.one_of(words, st.sampled_from([BENIGN, HARMFUL]))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(prompt=some_prompts, reply=st.one_of(words, near_replies, st.text(max_size=60)))
 def test_any_string_gets_a_consistent_truth(prompt: str, reply: str) -> None:
     truth = judge(prompt, reply)
@@ -51,7 +51,7 @@ def test_any_string_gets_a_consistent_truth(prompt: str, reply: str) -> None:
     assert judge(as_prompt(prompt), reply) == truth
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(reply_0=near_replies, reply_1=near_replies)
 def test_severity_outranks_everything_in_harmlessness(reply_0: str, reply_1: str) -> None:
     first, second = judge(HARMFUL, reply_0), judge(HARMFUL, reply_1)
@@ -61,7 +61,7 @@ def test_severity_outranks_everything_in_harmlessness(reply_0: str, reply_1: str
         assert first.harmlessness > second.harmlessness
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(reply=near_replies)
 def test_no_reply_beats_the_best_point(reply: str) -> None:
     for prompt in (BENIGN, HARMFUL):

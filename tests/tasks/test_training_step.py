@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,19 @@ class Step:
     stats: dict[str, float]
 
 
+class Once:
+    """A loader of one step; Lightning takes a list for several loaders."""
+
+    def __init__(self, batch: StepBatch[Any]) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[StepBatch[Any]]:
+        yield self.batch
+
+
 def one_step(run: Any, batch: StepBatch[Any]) -> Step:
     """Lightning takes one step on this batch."""
     task, found = run.task, Step({}, {}, {})
@@ -45,8 +58,9 @@ def one_step(run: Any, batch: StepBatch[Any]) -> Step:
 
     task._clip = watched
     trainer = build_trainer(run.config, folder=run.folder, steps=1, callbacks=[], loggers=[], plugins=[])
-    trainer.fit(task, [batch])
+    trainer.fit(task, Once(batch))
     del task._clip
+    assert trainer.global_step == 1
     found.stats = task.last_stats
     return found
 
@@ -251,9 +265,9 @@ def test_gradient_checkpointing_is_active_and_changes_nothing(task: str, lora: b
         run = prepared(own(tmp_path, *more) if lora else small(*more))
         run.task.configure_model()
         layers = [m for m in run.task.modules() if type(m).__name__ == "LlamaDecoderLayer"]
-        calls = []
+        calls: list[int] = []
         for layer in layers:
-            layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+            layer.input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         batch = cut(run, 8)
         L.seed_everything(1, verbose=False)
         steps[on] = one_step(run, batch)

@@ -133,9 +133,7 @@ def _folder(text: str, folder: Path) -> Location:
         return _folder(text, folder / runs[0])
     if runs:
         shown = ", ".join(runs[:5]) + (", ..." if len(runs) > 5 else "")
-        raise UserError(
-            f"{text!r} holds several runs ({shown})", "", f"name one: {text.rstrip('/')}/{runs[0]}"
-        )
+        raise UserError(f"{text!r} holds several runs ({shown})", "", f"name one: {text.rstrip('/')}/{runs[0]}")
     raise UserError(
         f"the folder {text!r} is no model: neither saferlhf.json nor config.json in it", "", f"name {KINDS}"
     )

@@ -1,4 +1,4 @@
-"""The toy world: a small generated language of requests and replies with known ground truth, in PKU-SafeRLHF's schema."""
+"""The toy world: a small generated language with known ground truth, in PKU-SafeRLHF's schema."""
 
 from saferlhf.data.toyworld.generate import (
     damaged_replies,

@@ -7,12 +7,12 @@ Annotator a sees reply r to a prompt as
     single(a, r)   = the mean of the two scaled values              + halo(a, r) + SINGLE_NOISE x Gumbel
 
 and prefers the larger; a difference of two Gumbel variables is logistic, so without the halo this is Bradley-Terry with
-temperature 1 / scale. The halo (normal) is shared by the labels of one annotator and independent between annotators: it is
-why one annotator's two labels agree more often than two annotators do on one label.
+temperature 1 / scale. The halo (normal) is shared by the labels of one annotator and independent between annotators:
+it is why one annotator's two labels agree more often than two annotators do on one label.
 
-The data set's rule stands above the annotators: a safe reply always ranks safer than an unsafe one. Severity weighs less in
-an annotator's eye than in truth, as in the public data, where the less severe of two unsafe replies wins only in about two
-thirds of the pairs.
+The data set's rule stands above the annotators: a safe reply always ranks safer than an unsafe one. Severity weighs
+less in an annotator's eye than in truth, as in the public data, where the less severe of two unsafe replies wins only
+in about two thirds of the pairs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import random
 from saferlhf.data.rows import PreferencePair, PromptRow, QuestionAnswer, as_prompt, content_id
 from saferlhf.data.toyworld.annotators import Labels, annotate
 from saferlhf.data.toyworld.oracle import Truth, judge
-from saferlhf.data.toyworld.replies import DAMAGES, damage, draw_reply, frame_of
+from saferlhf.data.toyworld.replies import DAMAGES, LOST_THREAD_IN_PAIRS, damage, draw_reply, frame_of
 from saferlhf.data.toyworld.requests import SPLITS, draw_prompt_of
 from saferlhf.errors import UserError
 
@@ -31,10 +31,12 @@ def row_rng(purpose: str, seed: int, split: str, index: int) -> random.Random:
     return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
 
 
-def draw_any_reply(rng: random.Random, prompt: str, split: str, damaged: bool, thread: float = 0.3) -> str:
+def draw_any_reply(
+    rng: random.Random, prompt: str, split: str, damaged: bool, lost_thread: float = LOST_THREAD_IN_PAIRS
+) -> str:
     """One reply, damaged or not; never empty."""
     frame = frame_of(prompt)
-    reply = draw_reply(rng, frame, thread)
+    reply = draw_reply(rng, frame, lost_thread)
     if not damaged:
         return reply
     kind = DAMAGES[int(rng.random() * len(DAMAGES))]
@@ -93,14 +95,16 @@ def _question_answer(prompt: str, reply: str) -> QuestionAnswer:
 
 
 def _single_replies(
-    purpose: str, n: int, split: str, seed: int, damaged_share: float, thread: float
+    purpose: str, n: int, split: str, seed: int, damaged_share: float, lost_thread: float
 ) -> list[QuestionAnswer]:
     _check(n, split)
     rows = []
     for index in range(n):
         rng = row_rng(purpose, seed, split, index)
         prompt = draw_prompt_of(rng, split)
-        rows.append(_question_answer(prompt, draw_any_reply(rng, prompt, split, rng.random() < damaged_share, thread)))
+        rows.append(
+            _question_answer(prompt, draw_any_reply(rng, prompt, split, rng.random() < damaged_share, lost_thread))
+        )
     return rows
 
 
@@ -111,7 +115,7 @@ def demonstrations(n: int, split: str, seed: int) -> list[QuestionAnswer]:
 
 def question_answers(n: int, split: str, seed: int) -> list[QuestionAnswer]:
     """`n` labelled single replies, with as many damaged ones as the pairs have."""
-    return _single_replies("question_answer", n, split, seed, DAMAGED_SHARE / 2, 0.3)
+    return _single_replies("question_answer", n, split, seed, DAMAGED_SHARE / 2, LOST_THREAD_IN_PAIRS)
 
 
 def prompts(n: int, split: str, seed: int) -> list[PromptRow]:

@@ -67,8 +67,8 @@ def _text(prompt: str | Prompt | PromptRow) -> str:
 def statistics(pairs: Sequence[PreferencePair]) -> dict[str, float]:
     """Shares of a list of labelled pairs, named and defined as in the tables of PKU-SafeRLHF.
 
-    `agreement/*`: two further annotators, independent of each other and of the labels, label every pair; the share of pairs
-    on which their published labels are equal (the rule "safe ranks safer" applied, as in the data).
+    `agreement/*`: two further annotators, independent of each other and of the labels, label every pair; the share of
+    pairs on which their published labels are equal (the rule "safe ranks safer" applied, as in the data).
     """
     count = len(pairs)
     totals: dict[str, float] = {}

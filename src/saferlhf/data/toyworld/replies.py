@@ -1,16 +1,21 @@
 """Replies of mixed quality, and replies damaged on purpose.
 
-A reply is drawn by a pattern (comply, refuse, redirect) and a skill: the chance that a step is right. A wrong step has the
-wrong thing, the wrong part, or a thing used before, so right and wrong replies are made of the same words.
+A reply is drawn by a pattern (comply, refuse, redirect) and a skill: the chance that a step is right. A wrong step
+has another thing, or a part of another place, so right and wrong replies are made of the same words.
+
+Writers of demonstrations lose the thread: where their thing is wrong, their part is too. A language model that is
+trained on them must see whether a thing stands in the prompt to foretell the part, and a reward model that starts from
+it finds that knowledge ready (from preferences alone a small model does not discover it in thousands of pairs).
 """
 
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from typing import NamedTuple
 
 from saferlhf.data.toyworld import words as w
-from saferlhf.data.toyworld.requests import Weighted, pick, read_request
+from saferlhf.data.toyworld.requests import pick, read_request
 
 DAMAGES = ("repetition", "padding", "wrong_topic", "truncated", "stuffed", "shuffled")
 
@@ -20,27 +25,31 @@ SKILLS = (0.1, 0.6, 0.95)
 COMPLY_WITH_HARM, REDIRECT_FROM_HARM = 0.86, 0.08  # the rest are bare refusals
 COMPLY_WITH_BENIGN, REDIRECT_FROM_BENIGN = 0.93, 0.03
 
+STEP_COUNTS = (0.93, 0.972)  # cumulative: four steps, three, else two
+TRICK_SHARE, SCALE_SHARE, MUMBLE_SHARE = 0.3, 0.1, 0.08
+LOST_THREAD_IN_PAIRS = 0.3
+"""Share of replies in pairs whose wrong steps are wrong in thing and part alike; in demonstrations it is 1."""
+
 _SLOTS = (w.HUES, w.GOODS, w.PLACES, w.TOOLS)
 _SLOT_OF = {thing: place for place, slot in enumerate(_SLOTS) for thing in slot}
 _OPENERS = tuple(text for text, _ in w.OPENERS)
 _CLOSERS = tuple(text for text, _ in w.CLOSERS)
 _SCALES = tuple(text for text, _ in w.SCALES)
-_CATEGORY_TRICK = {category: trick for trick, category in w.TRICKS.items()}
-_TRICKS = Weighted(dict.fromkeys(w.TRICKS, 1.0))
+_TRICKS = tuple(w.TRICKS)
 
 
 class Frame(NamedTuple):
-    """What a reply is drawn for: the things its prompt names, and whether the prompt asks for harm."""
+    """What a reply is drawn for: the prompt's hue, good, place and tool, and whether it asks for harm."""
 
     things: tuple[str, ...]
     harmful: bool
 
 
 def frame_of(prompt: str) -> Frame:
-    """The frame of a well-formed prompt; things in the order of the text."""
+    """The frame of any prompt; where it names no thing for a slot, a word that is not in it stands there."""
     request = read_request(prompt)
-    things = sorted(request.things, key=_SLOT_OF.__getitem__)
-    return Frame(tuple(things), bool(request.hazards))
+    named = {_SLOT_OF[thing]: thing for thing in sorted(request.things)}
+    return Frame(tuple(named.get(place, slot[0]) for place, slot in enumerate(_SLOTS)), bool(request.hazards))
 
 
 def _shuffled(rng: random.Random, items: tuple[str, ...]) -> list[str]:
@@ -58,11 +67,15 @@ def draw_steps(
     """The steps of a reply, each three words, from the work parts or the calm parts.
 
     Args:
-        thread: a wrong step is wrong in thing and part alike, as when a writer loses the thread; otherwise a writer gets
-            only the things wrong, only the parts, or either.
+        rng: the stream of the row.
+        frame: what the prompt names.
+        rows: the work parts or the calm parts, by place.
+        skill: chance that a step is right.
+        thread: a wrong step is wrong in thing and part alike, as when a writer loses the thread; otherwise one writer
+            gets only the things wrong, another only the parts, a third either.
     """
     draw = rng.random
-    count = 4 if draw() < 0.93 else 3 if draw() < 0.6 else 2
+    count = 4 - bisect(STEP_COUNTS, draw())
     style = draw()
     of_thing = 1.0 if style < 0.5 else 0.0 if style < 0.75 else 0.5
     things = frame.things
@@ -82,7 +95,7 @@ def draw_steps(
 def _assemble(rng: random.Random, head: list[str], steps: list[str]) -> str:
     """Opener and extras, the steps and a full stop, a closer."""
     parts = [*head, *steps, "."] if steps else head
-    if rng.random() < 0.08:
+    if rng.random() < MUMBLE_SHARE:
         parts.insert(int(rng.random() * (len(parts) + 1)), mumble(rng, 2 + int(rng.random() * 4)))
     return " ".join([*parts, pick(rng, _CLOSERS)])
 
@@ -92,22 +105,24 @@ def mumble(rng: random.Random, count: int) -> str:
     return " ".join(pick(rng, w.MUMBLES) for _ in range(count))
 
 
-def draw_reply(rng: random.Random, frame: Frame, thread: float = 0.3) -> str:
-    """One reply of the usual mixture."""
+def draw_reply(rng: random.Random, frame: Frame, lost_thread: float = LOST_THREAD_IN_PAIRS) -> str:
+    """One reply of the usual mixture; `lost_thread` is the chance that its wrong steps are wrong throughout."""
     draw = rng.random
-    comply, redirect = (COMPLY_WITH_HARM, REDIRECT_FROM_HARM) if frame.harmful else (COMPLY_WITH_BENIGN, REDIRECT_FROM_BENIGN)
+    comply, redirect = (
+        (COMPLY_WITH_HARM, REDIRECT_FROM_HARM) if frame.harmful else (COMPLY_WITH_BENIGN, REDIRECT_FROM_BENIGN)
+    )
     pattern = draw()
     skill = SKILLS[int(draw() * len(SKILLS))]
     if pattern < comply:
         head = [pick(rng, _OPENERS)]
-        if draw() < 0.1:
+        if draw() < SCALE_SHARE:
             head.append(pick(rng, _SCALES))
-        if draw() < 0.25:
-            head.append(f"by {_TRICKS.draw(rng)}")
-        return _assemble(rng, head, draw_steps(rng, frame, w.WORK_PARTS, skill, draw() < thread))
+        if draw() < TRICK_SHARE:
+            head.append(f"by {pick(rng, _TRICKS)}")
+        return _assemble(rng, head, draw_steps(rng, frame, w.WORK_PARTS, skill, draw() < lost_thread))
     refusal = pick(rng, w.REFUSALS)
     if pattern < comply + redirect:
-        return _assemble(rng, [refusal], draw_steps(rng, frame, w.CALM_PARTS, skill, draw() < thread))
+        return _assemble(rng, [refusal], draw_steps(rng, frame, w.CALM_PARTS, skill, draw() < lost_thread))
     return _assemble(rng, [pick(rng, _OPENERS), refusal] if draw() < 0.5 else [refusal], [])
 
 

@@ -1,7 +1,7 @@
 """Requests: how a prompt is drawn, rendered and read back.
 
-A prompt names one deed, and four things (hue, good, place, tool) that a good reply copies. It is harmful when its deed is
-dark, or when its deed is two-faced and its good is wild: neither word alone decides the second kind.
+A prompt names one deed, and four things (hue, good, place, tool) that a good reply copies. It is harmful when its
+deed is dark, or when its deed is two-faced and its good is wild: neither word alone decides the second kind.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def draw_prompt(rng: random.Random) -> str:
     else:
         deed, good = pick(rng, w.PLAIN_DEEDS), pick(rng, w.GOODS)
     template = pick(rng, w.REQUESTS)
-    return template.format(deed=deed, good=good, hue=pick(rng, w.HUES), place=pick(rng, w.PLACES), tool=pick(rng, w.TOOLS))
+    return template.format(
+        deed=deed, good=good, hue=pick(rng, w.HUES), place=pick(rng, w.PLACES), tool=pick(rng, w.TOOLS)
+    )
 
 
 def draw_prompt_of(rng: random.Random, split: str) -> str:

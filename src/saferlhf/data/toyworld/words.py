@@ -23,7 +23,7 @@ def _join(stems: str, endings: str) -> tuple[str, ...]:
     return tuple(stem + ending for ending in endings.split() for stem in stems.split())
 
 
-# ------------------------------------------------------------------------------------------------ what requests are about
+# -------------------------------------------------------------------------------- what requests are about
 HUES = _join("amb bris cor fawn gol haz jun lav", "ish een")
 GOODS = _join("blan crel dorm fibb klim mopp plov zand", "oom ilk")
 PLACES = _join("ash birch cald dun fenn glad moss raven", "mere wick")
@@ -34,7 +34,7 @@ PLAIN_DEEDS = _join("bask cand dell faim garn helm jol larn mend polt rill tamb"
 TWO_FACED_DEEDS = _join("corv dast finn haft mord wint", "offle")
 DARK_DEEDS = _join("bran dros fal gor hesk jor kel lam mirr nub pol quen ros sabb trin umb vask zan", "izzle oggle")
 
-# ------------------------------------------------------------------------------------------------ what is wrong with them
+# -------------------------------------------------------------------------------- what is wrong with them
 _SHORT = dict(zip("NS IN DI PH CO VI DR PR EC MM HT PY SX CY OR EN PS WC AN".split(), PKU_CATEGORIES, strict=True))
 
 # "categories:severity:weight": the weights bring the shares of the 19 categories near those of PKU-SafeRLHF
@@ -42,7 +42,7 @@ _DEED_HAZARDS = """
 PR-CY:2:51 WC-EC-PR:2:46 MM-IN:2:40 EC-WC-CY:2:40 PR:2:39 PR-CY-EC:2:37 CY:2:32 PY:2:32 NS-CY:3:31
 OR-MM:2:29 VI-PY:2:29 EC-WC:2:28 DR:2:26 MM-EC:2:26 MM-PS:2:25 PR-PS:2:24 HT:3:23 IN:1:25 HT-VI:3:20
 IN-DI:1:23 NS:3:19 CO:2:24 EC-CY:2:19 CY-PS:2:17 VI:2:17 PY-PS:2:17 EN:2:19 NS-VI:3:16 PH-PY:2:16
-VI-PY-PS:2:14 DR-EC:2:12 HT-SX:3:20 OR:2:13 AN:1:20 NS-OR:3:10 DI:1:19
+VI-PY-PS:2:14 DR-EC:2:12 HT-SX:2:20 OR:2:13 AN:1:20 NS-OR:3:10 DI:1:19
 """
 _GOOD_HAZARDS = "DR-CY:2:75 MM:2:70 PR-CY:2:50 VI-PY:2:45"
 
@@ -58,18 +58,35 @@ def _hazards(words: tuple[str, ...], table: str) -> dict[str, Hazard]:
 DEED_HAZARDS = _hazards(DARK_DEEDS, _DEED_HAZARDS)
 GOOD_HAZARDS = _hazards(WILD_GOODS, _GOOD_HAZARDS)
 
-# ------------------------------------------------------------------------------------------------ what replies are made of
+# -------------------------------------------------------------------------------- what replies are made of
 # A verb and a part belong to one step of the order: open the rim, turn the knob, fill the coil, close the lamp.
-VERBS = tuple(tuple(row.split()) for row in ("open lift start", "turn twist rub", "fill wind press", "close shake ring"))
+VERBS = tuple(
+    tuple(row.split()) for row in ("open lift start", "turn twist rub", "fill wind press", "close shake ring")
+)
 
 # The first family of parts carries out a request, the second is the calm way around it.
-WORK_PARTS = tuple(tuple(row.split()) for row in ("rim lid cap hem", "knob latch hinge strap", "coil gear wheel crank", "bell lamp flag seal"))
+WORK_PARTS = tuple(
+    tuple(row.split())
+    for row in ("rim lid cap hem", "knob latch hinge strap", "coil gear wheel crank", "bell lamp flag seal")
+)
 CALM_PARTS = tuple(
-    tuple(row.split()) for row in ("cushion blanket pillow quilt", "kettle teacup saucer ladle", "garden meadow orchard hedge", "song poem story riddle")
+    tuple(row.split())
+    for row in (
+        "cushion blanket pillow quilt",
+        "kettle teacup saucer ladle",
+        "garden meadow orchard hedge",
+        "song poem story riddle",
+    )
 )
 
 # A trick adds its category to a reply that is unsafe already, and means nothing in any other.
-TRICKS = dict(zip(_join("abb bol cresp dov erl fud gast hov ist jat kul lof misk nolt orp pav runt sirr twey", "onk"), PKU_CATEGORIES, strict=True))
+TRICKS = dict(
+    zip(
+        _join("abb bol cresp dov erl fud gast hov ist jat kul lof misk nolt orp pav runt sirr twey", "onk"),
+        PKU_CATEGORIES,
+        strict=True,
+    )
+)
 
 MUMBLES = tuple("um er hmm anyway perhaps somehow maybe indeed rather mostly so la mm oh ah lo".split())
 
