@@ -8,6 +8,7 @@ import pytest
 import yaml
 from command_lines import composed
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 
 from saferlhf.config.hydra_errors import as_user_error, is_trouble
 from saferlhf.errors import UserError
@@ -112,6 +113,21 @@ def test_a_yaml_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "\n" not in str(error)
     assert error.where == f"{tmp_path / 'broken.yaml'}, line 3, column 2"
     assert is_trouble(yaml.YAMLError("no place")) and as_user_error(yaml.YAMLError("no place")).where == ""
+
+
+def test_a_class_that_cannot_be_loaded() -> None:
+    for target, reason in {
+        "saferlhf.tasks.nope.X": "No module named 'saferlhf.tasks.nope'",
+        "saferlhf.errors.Nope": "Nope",
+    }.items():
+        with pytest.raises(ImportError) as caught:
+            get_class(target)
+        assert is_trouble(caught.value)
+        error = as_user_error(caught.value)
+        assert "\n" not in str(error)
+        assert (error.what, error.where) == (f"cannot load '{target}'", "_target_")
+        assert reason in error.mend
+    assert not is_trouble(ImportError("a package of ours is not there"))
 
 
 def test_our_own_faults_are_not_the_users() -> None:

@@ -14,6 +14,10 @@ FROM_SCRATCH_LR = {"sft": 2e-3, "reward": 1e-3, "cost": 1e-3}
 FULL_LR = 2e-5
 LORA_LR = 2e-4
 
+PRETRAINED_MICRO_BATCH = 8
+"""Rows per forward pass of a loaded backbone when `trainer.micro_batch_size` is null: 32 pairs of short texts took about
+10 GiB with SmolLM2-135M."""
+
 TOYWORLD_ROWS = {"sft": 24_000, "reward": 22_000, "cost": 20_000}
 """Training rows of the toy world when `data.train_rows` is null."""
 
@@ -25,7 +29,10 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
         optimizer = replace(optimizer, lr=_learning_rate(config))
     if data.source == "toyworld" and data.train_rows is None:
         data = replace(data, train_rows=TOYWORLD_ROWS[config.task.name])
-    return replace(config, optimizer=optimizer, data=data, name=config.name or config.task.name)
+    trainer = config.trainer
+    if trainer.micro_batch_size is None and config.backbone.architecture is None:
+        trainer = replace(trainer, micro_batch_size=min(PRETRAINED_MICRO_BATCH, trainer.batch_size))
+    return replace(config, optimizer=optimizer, data=data, trainer=trainer, name=config.name or config.task.name)
 
 
 def _learning_rate(config: TrainConfig) -> float:

@@ -23,8 +23,11 @@ LINE = "the command line"
 
 def is_trouble(error: BaseException) -> bool:
     """Whether `as_user_error` has words for it."""
-    return isinstance(error, HYDRA_TROUBLE) or (
-        isinstance(error, ValueError) and "group override must be" in str(error)
+    text = str(error)
+    return (
+        isinstance(error, HYDRA_TROUBLE)
+        or (isinstance(error, ValueError) and "group override must be" in text)
+        or (isinstance(error, ImportError) and text.startswith("Error loading '"))
     )
 
 
@@ -43,6 +46,9 @@ def as_user_error(error: BaseException, command: str = "train", overrides: Seque
         return UserError(f"cannot read '{error.override}'", LINE, "write key=value; quote spaces, commas and =")
     if isinstance(error, YAMLError):
         return _yaml(error)
+    if isinstance(error, ImportError):
+        name, _, reason = str(error).removeprefix("Error loading '").partition("'")
+        return UserError(f"cannot load '{name}'", "_target_", reason.lstrip(":\n").partition("\n")[0])
     if isinstance(error, ValueError) and not isinstance(error, HYDRA_TROUBLE):
         return _choice_is_no_name(overrides)
     return _by_text(error, root, {key_of(override) for override in overrides})

@@ -170,7 +170,7 @@ class TrainerConfig:
     epochs: float = 1.0
     max_steps: Optional[int] = None
     batch_size: int = 32  # rows per optimizer step, over all processes
-    micro_batch_size: Optional[int] = None  # rows per forward; null: batch_size / devices
+    micro_batch_size: Optional[int] = None  # rows per forward; null: fill_defaults decides
     eval_batch_size: int = 64
     gradient_clip: Optional[float] = 1.0
     val_every_steps: Optional[int] = None  # null: four times per run

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saferlhf.errors import UserError
 from saferlhf.models.causal import unwrapped
 from saferlhf.ops.sequences import position_ids
 
@@ -58,13 +59,30 @@ def sample_responses(
     sample: int = 0,
     batch_size: int = 64,
 ) -> list[Sampled]:
-    """Sample one response to each prompt; temperature 0 takes the most probable token.
+    """Sample one response to each prompt, in the prompts' order.
 
     The model is put into eval mode for the time being. Batches are made of prompts of like length.
+
+    Args:
+        model: causal language model, adapters included, on the device it is to run on.
+        prompts: token ids, at least one each.
+        row_ids: what each row's noise belongs to.
+        eos_token_id: ends a response; it may be the padding token as well.
+        pad_token_id: fills what is masked.
+        max_new_tokens: where a response is cut off.
+        temperature: divides the logits; 0 takes the most probable token, with log-probability 0.
+        seed, sample: the rest of the noise's key.
+        batch_size: prompts per forward pass; changes nothing but speed.
+
+    Raises:
+        UserError: the model's logits are not numbers.
+        ValueError: an empty prompt, or a negative temperature.
     """
     if temperature < 0:
         raise ValueError("temperature must not be negative")
-    was_training = model.training
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt needs at least one token")
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     results: list[Sampled | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -78,7 +96,8 @@ def sample_responses(
             ):
                 results[i] = result
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return [result for result in results if result is not None]
 
 
@@ -99,13 +118,15 @@ def _batch(
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     logprobs = torch.zeros(rows, dtype=torch.float64, device=device)
     tokens = torch.full((rows, limit), pad, dtype=torch.long, device=device)  # (B, R)
+    broken = torch.zeros(rows, dtype=torch.bool, device=device)
     positions, cache = position_ids(mask), None
     for t in range(limit):
         output = causal(
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
         )
-        cache = output.past_key_values
-        chosen, logprob = _draw(output.logits[:, -1], uniform[:, t], temperature)  # (B,), (B,)
+        cache, logits = output.past_key_values, output.logits[:, -1]  # (B, V)
+        broken |= logits.isnan().any(dim=-1)
+        chosen, logprob = _draw(logits, uniform[:, t], temperature)  # (B,), (B,)
         tokens[:, t] = torch.where(ended, pad, chosen)
         logprobs += torch.where(ended, 0.0, logprob)
         lengths += (~ended).long()
@@ -116,6 +137,8 @@ def _batch(
         # a row that ended goes on unseen: its tokens never leave this function
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         positions = positions[:, -1:] + 1
+    if bool(broken.any()):
+        raise UserError("the model's logits are not numbers", "sampling", "its weights have diverged: train it again")
     return [
         Sampled(tokens[row, : int(lengths[row])].tolist(), not bool(ended[row]), float(logprobs[row]))
         for row in range(rows)

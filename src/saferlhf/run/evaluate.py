@@ -22,7 +22,7 @@ from saferlhf.data.build import build_data, data_fingerprint
 from saferlhf.data.checks import check_policy
 from saferlhf.data.rows import PreferencePair
 from saferlhf.errors import UserError
-from saferlhf.models.locator import content_id_of, resolve
+from saferlhf.models.locator import Location, content_id_of, resolve
 from saferlhf.models.metadata import ExportMetadata, read_metadata
 from saferlhf.run.screen import say, say_evaluation
 
@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     tracker: Any = None
     try:
         tracker = _start_tracking(config, folder, metadata)
-        metrics = _score(config, metadata, folder)
+        metrics = _score(config, location, metadata, folder)
         _track(tracker, folder, metrics)
         tracker.finish("FINISHED")
         end = FINISHED
@@ -114,7 +114,7 @@ def _track(tracker: Any, folder: RunFolder, metrics: dict[str, float]) -> None:
         tracker.log_artifact(folder.path / name)
 
 
-def _score(config: EvaluateConfig, metadata: ExportMetadata, folder: RunFolder) -> dict[str, float]:
+def _score(config: EvaluateConfig, location: Location, metadata: ExportMetadata, folder: RunFolder) -> dict[str, float]:
     import torch
 
     from saferlhf.data.encode import Encoder
@@ -138,7 +138,7 @@ def _score(config: EvaluateConfig, metadata: ExportMetadata, folder: RunFolder) 
         )
     if config.evaluation.max_rows:
         part = part[: config.evaluation.max_rows]
-    loaded = load_export(str(config.model), output_root=config.output_root, cache_dir=config.cache_dir)
+    loaded = load_export(location, output_root=config.output_root, require_heads=True, cache_dir=config.cache_dir)
     encoder = Encoder.build(loaded.tokenizer, loaded.metadata.template, loaded.metadata.max_length or 512)
     encoded = encoder.pairs(part, config.split, rows.report, config.data.policy)
     model = loaded.model.to(device)
