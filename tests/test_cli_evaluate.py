@@ -81,7 +81,7 @@ def test_scores_are_measured_against_labels(tmp_outputs: Path, models: dict[str,
     for row in rows:
         ids = [
             loaded.tokenizer.apply_chat_template(
-                [{"role": "user", "content": row.prompt[-1]}, {"role": "assistant", "content": response}],
+                [{"role": "user", "content": row.prompt[-1].content}, {"role": "assistant", "content": response}],
                 return_dict=False,
             )
             for response in (row.response_0, row.response_1)
@@ -102,7 +102,7 @@ def test_a_second_call_answers_without_the_model(tmp_outputs: Path, models: dict
     assert first.code == 0, first.err
     with mock.patch("saferlhf.models.export.load_export", side_effect=AssertionError("not again")):
         second = evaluate(tmp_outputs, *words)
-        # what does not change the numbers does not make another evaluation: a copy of the model, devices, names of files
+        # a copy of the model elsewhere, devices and batches do not change the numbers
         copy = tmp_outputs / "copy"
         shutil.copytree(models["cost"], copy)
         third = evaluate(tmp_outputs, f"model={copy}", "trainer=cpu", "trainer.eval_batch_size=3")

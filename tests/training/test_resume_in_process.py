@@ -118,6 +118,15 @@ def test_with_dropout_and_checkpointed_activations(task: str, tmp_path: Path, mo
     assert not any("embed" in name or "base_layer" in name for name in twice[1]["state_dict"])
 
 
+def test_with_a_4_bit_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed anew at every start, validated in between: the same steps."""
+    overrides = own(tmp_path, "task=reward", "quantization=nf4")
+    once = end_of([*overrides, f"output_root={tmp_path / 'once'}"], monkeypatch)
+    twice = end_of([*overrides, f"output_root={tmp_path / 'twice'}"], monkeypatch, Signal(5), Signal(9))
+    assert_same(twice[1]["state_dict"], once[1]["state_dict"], "trained")
+    assert_same_ends(twice, once)
+
+
 @pytest.mark.parametrize("interval", [5, 12])
 def test_whatever_the_validation_interval(interval: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """5: the last step is no validation step."""
@@ -127,3 +136,18 @@ def test_whatever_the_validation_interval(interval: int, tmp_path: Path, monkeyp
     twice = end_of([*overrides, f"output_root={tmp_path / 'twice'}"], monkeypatch, *stops)
     assert_same_ends(twice, once)
     assert [step for step, _ in once[2]["val/loss"]] == list(range(interval, STEPS + 1, interval))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_validating_often_changes_no_weight(quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither modes, generators nor packed weights are other ones after a validation."""
+    overrides = own(tmp_path, "task=reward", f"quantization={quantization}")
+    ends = []
+    for interval in (1, STEPS):
+        changed = [o for o in overrides if not o.startswith("trainer.val_every_steps")]
+        changed += [f"trainer.val_every_steps={interval}", f"output_root={tmp_path / str(interval)}"]
+        ends.append(end_of(changed, monkeypatch))
+    assert len(ends[0][2]["val/loss"]) == STEPS and len(ends[1][2]["val/loss"]) == 1
+    for key in ("state_dict", "optimizer_states", "callbacks"):
+        assert_same(ends[0][1][key], ends[1][1][key], key)
+    assert ends[0][2]["val/loss"][-1] == ends[1][2]["val/loss"][-1]

@@ -15,8 +15,13 @@ _HEADLINES = (
     "truth_pair_accuracy",
     "truth_sign_accuracy",
     "annotator_truth_agreement",
+    "truth_correlation_damaged",
     "perplexity",
     "nll",
+    "truth_helpfulness",
+    "best_safe_helpfulness",
+    "safe_rate",
+    "benign_refusal_rate",
 )
 """What a reader looks for first, in this order; the rest follows as it was written."""
 
