@@ -37,6 +37,9 @@ def main() -> None:
     # all of it, so that every process runs the same code, whatever happens to the files meanwhile
     for module in pkgutil.walk_packages(saferlhf.__path__, "saferlhf."):
         importlib.import_module(module.name)
+    from small_runs import make_cheap
+
+    make_cheap()
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)

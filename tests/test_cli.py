@@ -49,17 +49,12 @@ MISTAKES = [
     # keys, groups and choices, with `+` and without
     ([R, "trainer.max_step=2"], "unknown key 'max_step' (in trainer); did you mean 'max_steps'?"),
     ([R, "+trainer.max_step=2"], "unknown key 'max_step' (in trainer.max_step); did you mean 'max_steps'?"),
-    ([R, "++trainer.max_step=2"], "unknown key 'max_step' (in trainer.max_step); did you mean 'max_steps'?"),
     ([R, "bakcbone=tiny"], "unknown key 'bakcbone' (in the command line); did you mean 'backbone'?"),
     ([R, "+bakcbone=tiny"], "unknown key 'bakcbone' (in bakcbone); did you mean 'backbone'?"),
     ([R, "backbone=tinny"], "there is no backbone 'tinny' (in backbone=tinny); did you mean 'tiny'?"),
-    ([R, "trainer=5"], "there is no trainer '5'"),
     # values
     ([R, "trainer.max_steps=abc"], "'abc' is not a whole number (in trainer.max_steps)"),
-    ([R, "seed=-1"], "-1 is no seed (in seed)"),
-    ([R, "optimizer.lr=nan"], "nan is not a positive number (in optimizer.lr)"),
     ([R, "data.policy.empty=dorp"], "'dorp' is no policy for empty rows (in data.policy.empty); use one of"),
-    ([R, "name=a/b"], "'a/b' cannot be a run folder's name"),
     # pairs
     ([R, "quantization=nf4"], "a 4-bit base cannot be trained itself (in quantization=nf4); add adapter=lora"),
     ([R, "quantization=nf4", "adapter=lora"], "a model built from scratch has nothing to quantise"),
@@ -76,14 +71,11 @@ MISTAKES = [
         "no such file or folder: nope.jsonl (in data.path)",
     ),
     ([R, "data=jsonl", "backbone=smollm2"], "a value is missing (in data.path); give it on the command line"),
-    ([R, "backbone=hf"], "a value is missing (in backbone.model); give it on the command line"),
     ([R, "init=no/such/run"], "no such folder: 'no/such/run'; name a run folder, an export folder"),
-    ([R, "init=pyproject.toml"], "'pyproject.toml' is a file, not a model"),
     ([R, "resume=no/such/run"], "'no/such/run' is no run folder and no checkpoint in one (in resume)"),
     # flags
     ([R, "--mulitrun"], "unknown flag '--mulitrun' (in the command line); did you mean '--multirun'?"),
     ([R, "--config-dir", "no-such-folder"], "no-such-folder' not found"),
-    ([R, "seed=0,1"], "'seed=0,1' is several values (in the command line); one run for each: add -m"),
 ]
 
 
@@ -164,8 +156,7 @@ def test_a_run(stubbed: list[LocatedRun], tmp_outputs: Path) -> None:
     [
         ([], "quickstart"),
         (["debug=fast"], "debug"),
-        (["debug=fast", "name=mine"], "mine"),
-        (["pipeline=quickstart", "pipeline.parallel=1"], "quickstart"),
+        (["debug=fast", "name=mine", "pipeline=quickstart"], "mine"),
         (["pipeline.parallel=1"], "quickstart"),
         (["+pipeline.definitions.sft.inputs={}"], "quickstart"),
     ],

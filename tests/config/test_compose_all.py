@@ -40,12 +40,25 @@ def filled(tree: DictConfig) -> DictConfig:
 RUN_GROUPS = sorted({o.rpartition("/")[0] for o in OPTIONS} - {*DIFF_GROUPS, "pipeline", "suite", "task"})
 
 
-@pytest.mark.parametrize("option", options_of(*RUN_GROUPS))
-def test_a_choice_of_train(option: str) -> None:
-    config = train_config(filled(composed("task=reward", override(option))))
-    group, _, name = option.partition("/")
-    if "/" not in name and hasattr(getattr(config, group), "name"):
-        assert getattr(config, group).name == name
+def rounds(*groups: str) -> list[list[str]]:
+    """One option of each group at a time, until each has had its turn; composing them singly would take minutes."""
+    by_group = [options_of(group) for group in groups]
+    count = max(map(len, by_group))
+    return [[options[turn % len(options)] for options in by_group] for turn in range(count)]
+
+
+def check_names(config: object, options: list[str]) -> None:
+    """Each group holds the option that was chosen."""
+    for option in options:
+        group, _, name = option.partition("/")
+        if "/" not in name:
+            assert getattr(getattr(config, group), "name", name) == name
+
+
+@pytest.mark.parametrize("options", rounds(*RUN_GROUPS), ids=lambda options: str(len(options)))
+def test_choices_of_train(options: list[str]) -> None:
+    tree = composed("task=reward", *map(override, options))
+    check_names(train_config(filled(tree)), options)
 
 
 @pytest.mark.parametrize("option", options_of("task"))
@@ -55,12 +68,17 @@ def test_a_task(option: str) -> None:
     assert config.name == config.task.name
 
 
-@pytest.mark.parametrize("option", options_of(*EVALUATE_GROUPS))
-def test_a_choice_of_evaluate(option: str) -> None:
-    config = evaluate_config(filled(composed(override(option), command="evaluate")))
+@pytest.mark.parametrize("options", rounds(*EVALUATE_GROUPS), ids=lambda options: str(len(options)))
+def test_choices_of_evaluate(options: list[str]) -> None:
+    config = evaluate_config(filled(composed(*map(override, options), command="evaluate")))
     assert config.model == "given"
-    group, _, name = option.partition("/")
-    assert getattr(getattr(config, group), "name", name) == name
+    check_names(config, options)
+
+
+def test_every_option_has_its_turn() -> None:
+    seen = {option for options in rounds(*RUN_GROUPS) for option in options}
+    seen |= {option for options in rounds(*EVALUATE_GROUPS) for option in options}
+    assert seen | set(options_of("task", "pipeline", *DIFF_GROUPS)) == set(OPTIONS)
 
 
 @pytest.mark.parametrize("option", options_of("pipeline"))

@@ -301,20 +301,15 @@ def test_one_pipeline_at_a_time(pipeline: Pipeline) -> None:
 # ------------------------------------------------------------------------------------------------ refusals
 REFUSED = [
     (["pipeline.stages=[rewrd]"], "unknown stage 'rewrd' (in pipeline.stages); did you mean 'reward'?"),
-    (["pipeline.stages=[]"], "no stage is named (in pipeline.stages); choose from: sft, reward, cost"),
     (["pipeline.stages=reward"], "not a list; write [a,b] (in pipeline.stages)"),
     (["pipeline.stages=[reward]"], "stage 'sft' has no finished run yet (in pipeline.stages); add sft to the list"),
     (["pipeline.parallel=0"], "0 stages at once (in pipeline.parallel)"),
-    (["pipeline.stagess=[sft]"], "unknown key 'stagess' (in pipeline); did you mean 'stages'?"),
-    (["pipeline=quickstart", "task=sft"], "both a task and a pipeline are named"),
     (["pipeline.stages=[sft]", "task=sft"], "both a task and a pipeline are named"),
     (["+pipeline.definitions.sft.inputs.init=cost"], "stages need each other: sft, reward, cost"),
     (["+pipeline.definitions.sft.inputs.init=cots"], "unknown stage 'cots' (in pipeline.definitions.sft.inputs)"),
     (["init=some/run"], "stage 'reward' takes init from stage 'sft' (in init)"),
     (["resume=outputs/x/0123456789"], "a path names one run, a pipeline has several"),
-    (["trainer.max_steps=0"], "0 is not a positive number (in trainer.max_steps, stage sft)"),
     (["quantization=nf4"], "a 4-bit base cannot be trained itself (in quantization=nf4, stage sft)"),
-    (["task.margin=1"], "no task is named, so there is no task.margin"),
     (
         ["pipeline.definitions.cost.overrides=['task=cost','task.margin=1']"],
         "unknown key 'margin' (in task, stage cost)",

@@ -97,7 +97,6 @@ def test_a_full_disk_while_saving(server: RunServer, tmp_path: Path) -> None:
     assert "make room; the same command goes on from step 6" in ended.lines[-1]
     assert [path.read_bytes() for path in (folder / "checkpoints").iterdir()] == [held]
     assert status(folder)["status"] == "failed" and "File too large" in status(folder)["error"]
-    assert server.run(*overrides).code == 0
 
 
 @pytest.mark.parametrize("after", [0, 1000])

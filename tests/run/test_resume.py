@@ -20,7 +20,6 @@ from small_runs import (
     STEPS,
     TASKS,
     RunServer,
-    assert_same,
     assert_same_end,
     curves,
     metrics,
@@ -77,14 +76,10 @@ def test_killed_in_the_middle_of_an_epoch(
     whole = uninterrupted(*overrides)
     assert_same_end(folder, whole)
     assert folder.name == whole.name
-    # the runs are no constant: the model moved, and other rows would have moved it elsewhere
-    other = uninterrupted(*overrides, "seed=1") if task == "reward" else None
-    if other is not None:
-        with pytest.raises(AssertionError):
-            assert_same(weights(folder), weights(other))
 
 
-@pytest.mark.parametrize("task", ["reward", *(pytest.param(task, marks=pytest.mark.slow) for task in ("sft", "cost"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
 def test_killed_at_the_border_of_two_epochs(
     task: str, server: RunServer, uninterrupted: Reference, tmp_path: Path
 ) -> None:
@@ -110,11 +105,6 @@ def test_killed_with_an_adapter_and_dropout(task: str, server: RunServer, tmp_pa
     names = set(state(only_run(whole))["state_dict"])
     trained = ("lora_A", "lora_B") if task == "sft" else ("lora_A", "lora_B", "heads.score")
     assert names and all(any(part in name for part in trained) for name in names)
-    # without dropout the end is another one: it was on
-    calm = tmp_path / "calm"
-    assert server.run(*[o for o in overrides if "dropout" not in o], f"output_root={calm}").code == 0
-    with pytest.raises(AssertionError):
-        assert_same(weights(only_run(calm)), weights(only_run(whole)))
 
 
 @pytest.mark.slow
@@ -153,6 +143,7 @@ def test_killed_at_any_other_moment(
     assert not [path for path in folder.rglob(".*") if path.name != ".lock"], "leftovers of the killed process"
 
 
+@pytest.mark.slow
 def test_killed_during_validation(server: RunServer, uninterrupted: Reference, tmp_path: Path) -> None:
     overrides = ["task=reward"]
     changed = [*overrides, "checkpoint.every_steps=4"]
@@ -207,47 +198,42 @@ def test_checkpoints_are_dropped_when_finished_and_only_then(server: RunServer, 
 
 
 @pytest.mark.slow
-def test_a_plain_command_killed_from_outside(tmp_path: Path, project_root: Path, uninterrupted: Reference) -> None:
+def test_a_plain_command_killed_from_outside(tmp_path: Path, project_root: Path) -> None:
     """No test code inside the process: started as a user does, killed once a checkpoint is seen."""
-    whole = uninterrupted("task=reward")
-    command = [sys.executable, "train.py", *small("task=reward", f"output_root={tmp_path}")]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=project_root, **quiet)  # type: ignore[call-overload]
-    until = time.monotonic() + 120
-    while not list(tmp_path.glob("*/*/checkpoints/step-*.ckpt")):
+
+    def start(outputs: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "train.py", *small("task=reward", f"output_root={outputs}")]
+        return subprocess.Popen(command, cwd=project_root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait(200) == 0
+    process, until = start(killed), time.monotonic() + 120
+    while not list(killed.glob("*/*/checkpoints/step-*.ckpt")):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.001)
     os.kill(process.pid, KILL)
     assert process.wait() == -KILL
-    folder = only_run(tmp_path)
+    folder = only_run(killed)
     assert status(folder)["status"] == "running" and state(folder)["global_step"] < STEPS
-    subprocess.run(command, cwd=project_root, check=True, timeout=120, **quiet)  # type: ignore[call-overload]
-    assert_same_end(folder, whole)
+    assert start(killed).wait(200) == 0
+    assert_same_end(folder, only_run(whole))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
-def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(server: RunServer, tmp_path: Path) -> None:
+def test_a_checkpoint_that_lacks_a_trained_weight_or_its_end_is_refused(server: RunServer, tmp_path: Path) -> None:
     overrides = small("task=reward", f"output_root={tmp_path}")
     assert server.run(*overrides, die={"signal": KILL, "at": "train_batch_start", "step": 7}).code == -KILL
     folder = only_run(tmp_path)
     (path,) = folder.glob("checkpoints/*.ckpt")
     whole = torch.load(path, weights_only=True)
-    for name in ("model.heads.score.bias", "model.trunk.layers.0.mlp.up_proj.weight"):
-        assert name in whole["state_dict"]
-        torch.save({**whole, "state_dict": {k: v for k, v in whole["state_dict"].items() if k != name}}, path)
-        ended = server.run(*overrides)
-        assert ended.code == 2
-        assert ended.lines[-1].startswith("error: the checkpoint lacks 1 trained weights") and name in ended.lines[-1]
-        assert "Traceback" not in ended.output
-    assert status(folder)["status"] == "failed" and "lacks" in status(folder)["error"]
+    name = "model.heads.score.bias"
+    assert whole["state_dict"].pop(name) is not None
     torch.save(whole, path)
-    assert server.run(*overrides).code == 0
-
-
-def test_a_damaged_checkpoint_is_one_line(server: RunServer, tmp_path: Path) -> None:
-    overrides = small("task=reward", f"output_root={tmp_path}")
-    assert server.run(*overrides, die={"signal": KILL, "at": "train_batch_start", "step": 7}).code == -KILL
-    (path,) = only_run(tmp_path).glob("checkpoints/*.ckpt")
+    ended = server.run(*overrides)
+    assert ended.code == 2 and "Traceback" not in ended.output
+    assert ended.lines[-1].startswith("error: the checkpoint lacks 1 trained weights") and name in ended.lines[-1]
+    assert status(folder)["status"] == "failed" and "lacks" in status(folder)["error"]
+    # a damaged file is another line
     path.write_bytes(path.read_bytes()[:1000])
     ended = server.run(*overrides)
     assert ended.code == 2 and "Traceback" not in ended.output
