@@ -15,8 +15,8 @@ FULL_LR = 2e-5
 LORA_LR = 2e-4
 
 PRETRAINED_MICRO_BATCH = 8
-"""Rows per forward pass of a loaded backbone when `trainer.micro_batch_size` is null: 32 pairs of short texts took about
-10 GiB with SmolLM2-135M."""
+"""Rows per forward pass of a loaded backbone when `trainer.micro_batch_size` is null: 32 pairs of short texts took
+about 10 GiB with SmolLM2-135M."""
 
 TOYWORLD_ROWS = {"sft": 24_000, "reward": 22_000, "cost": 20_000}
 """Training rows of the toy world when `data.train_rows` is null."""
