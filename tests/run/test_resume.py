@@ -89,9 +89,8 @@ def test_killed_at_the_border_of_two_epochs(
     assert_same_end(folder, uninterrupted(*overrides))
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param("sft"), *(pytest.param(t, marks=pytest.mark.slow) for t in ("reward", "cost"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
 def test_killed_with_an_adapter_and_dropout(task: str, server: RunServer, tmp_path: Path) -> None:
     """Dropout draws from the generators whose state has to come back; only trained weights are saved."""
     overrides = own(tmp_path, f"task={task}")

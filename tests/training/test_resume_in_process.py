@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from small_runs import STEPS, TASKS, assert_same, curves, own, prepared, small, state
+from small_runs import STEPS, assert_same, curves, own, prepared, small, state
 
 from saferlhf.run import stages
 from saferlhf.run.stages import fit
@@ -94,7 +94,7 @@ def test_stopped_after_any_step(
     assert_same_ends(end_of(overrides, monkeypatch, Signal(step)), whole(task))
 
 
-@pytest.mark.parametrize("step", [4, 8, 12])
+@pytest.mark.parametrize("step", [8, 12])
 def test_stopped_during_validation(
     step: int, whole: Callable[..., End], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +108,7 @@ def test_stopped_again_and_again(whole: Callable[..., End], tmp_path: Path, monk
     assert_same_ends(end_of(overrides, monkeypatch, *stops), whole("sft"))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["sft", "cost"])
 def test_with_dropout_and_checkpointed_activations(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = own(tmp_path, f"task={task}", "backbone.gradient_checkpointing=true")
     once = end_of([*overrides, f"output_root={tmp_path / 'once'}"], monkeypatch)
