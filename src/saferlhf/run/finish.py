@@ -35,6 +35,7 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
             "run": f"{config.name}/{folder.path.name}",
             "identity": prepared.run.hash,
             "seed": config.seed,
+            "preference": getattr(config.task, "preference", None),
             "data": config.data.name,
             "data_fingerprint": prepared.rows.fingerprint,
             "saferlhf": __version__,
