@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,17 @@ import pytest
 from saferlhf.tracking.environment import prepare_environment
 
 prepare_environment()
+
+
+def _hear_signals() -> None:
+    """Whoever starts the tests in the background (`nohup`, a shell's `&`) lets them inherit ignored signals."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+_hear_signals()
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ the same: it has its own state, takes real signals and leaves a real exit code. 
 
     {"signal": 9, "at": "train_batch_start", "step": 7}
 
-`at` is `train_batch_start` or `train_batch_end` (step = optimizer steps done), `validation` (at its second batch),
+`at` is `train_batch_start` or `train_batch_end` (step = optimizer steps done), `validation` (between two batches),
 `saving` (half of the file is written), `saved` (just renamed), `fitted`, `evaluated`, `exported` (each stage done).
 """
 
@@ -108,8 +108,10 @@ def _arm(die: dict[str, Any]) -> None:
             if at == "train_batch_end" and trainer.global_step == die["step"]:
                 strike()
 
-        def on_validation_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int, *_: Any) -> None:
-            if at == "validation" and trainer.global_step == die["step"] and index == 1:
+        def on_validation_batch_end(
+            self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int, *_: Any
+        ) -> None:
+            if at == "validation" and trainer.global_step == die["step"] and index == 0:
                 strike()
 
     build = stages.build_trainer

@@ -81,6 +81,25 @@ def test_measuring_again_and_from_the_export_gives_the_same_numbers(task: str, f
     assert [x["row_id"] for x in lines] == [row.id for row in run.encoded.test.rows]
 
 
+def test_likelihoods_stand_beside_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from saferlhf.run import measure_sft
+
+    run = prepared(small("task=sft", f"output_root={tmp_path}"))
+    run.task.configure_model()
+    seen: list[Any] = []
+    monkeypatch.setattr(measure_sft, "evaluate_likelihood", lambda *given, **_: seen.append(given) or {})
+    measure(run)
+    (_, (rows, sums, counts)) = seen
+    assert list(rows) == list(run.encoded.test.rows)
+    for i, row in enumerate(rows):
+        batch = run.encoded.test.collate([i])
+        alone = run.task.outputs(batch)
+        assert batch.row_ids == (row.id,)
+        assert sums[i] == pytest.approx(float(alone["nll_sum"].detach()), abs=1e-3)
+        assert counts[i] == int(alone["tokens"])
+    assert len(set(counts)) > 2
+
+
 @pytest.mark.parametrize("task", ["reward", "sft"])
 def test_fewer_rows(task: str, finished: Any, tmp_path: Path) -> None:
     folder = finished(task)
