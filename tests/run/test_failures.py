@@ -156,6 +156,23 @@ def test_an_exception_marks_the_run_failed_and_frees_it(tmp_path: Path, monkeypa
     assert [step for step, _ in curves(folder)["train/loss"]] == [3, 6, 9, 12]
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both asked for the status before either was done; the second got the lock when the first had ended."""
+    from saferlhf.config.run_folder import RunFolder
+
+    run_config = config(small("task=reward", "checkpoint.keep_when_finished=false", f"output_root={tmp_path}"))
+    first = train(run_config)
+    before = weights(first.folder)
+    asked, ask = [], RunFolder.status
+    monkeypatch.setattr(RunFolder, "status", lambda self: ask(self) if asked else asked.append(1) or {})
+    monkeypatch.setattr(stages, "fit", lambda *_: pytest.fail("trained again"))
+    assert train(run_config).metrics == first.metrics
+    assert status(first.folder)["status"] == "finished" and asked
+    assert_same(weights(first.folder), before)
+
+
 def test_trouble_with_the_status_does_not_hide_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

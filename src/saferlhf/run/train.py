@@ -43,9 +43,7 @@ def train(config: TrainConfig) -> RunResult:
     """
     run = locate_run(checked(config))
     if not config.plan.only and run.folder.status().get("status") == FINISHED:
-        metrics = read_json(run.folder.metrics) or {}
-        say_finished(run.folder, metrics, run.config.evaluation.confidence)
-        return RunResult(run.folder.path, metrics)
+        return _finished_before(run)
     # heavy imports only now, so that a finished run answers at once
     from saferlhf.run.stages import prepare
 
@@ -54,11 +52,20 @@ def train(config: TrainConfig) -> RunResult:
         return RunResult(run.folder.path, {})
     run.folder.acquire()
     try:
+        if "finished" in run.folder.status():  # by another process, while this one was importing
+            run.folder.update_status(status=FINISHED)
+            return _finished_before(run)
         with RunLog(run.folder.path / "run.log"):
             metrics, ui = _to_the_end(run)
             say_result(run.folder, metrics, ui, run.config.evaluation.confidence)
     finally:
         run.folder.release()
+    return RunResult(run.folder.path, metrics)
+
+
+def _finished_before(run: LocatedRun) -> RunResult:
+    metrics = read_json(run.folder.metrics) or {}
+    say_finished(run.folder, metrics, run.config.evaluation.confidence)
     return RunResult(run.folder.path, metrics)
 
 
