@@ -60,7 +60,7 @@ def test_longer_list_extends_shorter_and_seed_matters() -> None:
     for make in makers:
         assert make(40, "val", 3)[:15] == make(15, "val", 3)
         assert make(15, "val", 3) != make(15, "val", 4)
-    assert damaged_replies(6, "test", 3)[:14] == damaged_replies(2, "test", 3)
+    assert damaged_replies(6, "test", 3)[: 2 * (1 + len(DAMAGES))] == damaged_replies(2, "test", 3)
 
 
 def test_rows_are_equal_in_another_process() -> None:
@@ -79,8 +79,8 @@ def test_rows_stay_what_they_were() -> None:
     """A change here changes every number measured on the toy world: state it in the change log."""
     row = preference_pairs(1, "train", 0)[0]
     assert row.prompt[0].content == "please jolimble fawneen dormilk with jangette at fennmere ."
-    assert row.id == "49ffd90140cba24b"
-    assert (row.better_response_id, row.safer_response_id, row.single_response_id) == (0, 1, 0)
+    assert row.id == "2289a5e52b212cbb"
+    assert (row.better_response_id, row.safer_response_id, row.single_response_id) == (1, 0, 0)
 
 
 def test_splits_share_no_prompt_whatever_the_seed() -> None:
@@ -128,8 +128,9 @@ def test_labels_are_the_oracles_and_the_rule_holds(train: list[PreferencePair]) 
 
 def test_damaged_replies_come_next_to_intact_ones() -> None:
     rows = damaged_replies(300, "test", SEED)
-    assert [kind for kind, _ in rows[:7]] == ["intact", *DAMAGES]
-    assert len({row.prompt for _, row in rows[:7]}) == 1
+    group = rows[: 1 + len(DAMAGES)]
+    assert [kind for kind, _ in group] == ["intact", *DAMAGES]
+    assert len({row.prompt for _, row in group}) == 1
     means = {
         kind: np.mean([judge(r.prompt, r.response).helpfulness for k, r in rows if k == kind])
         for kind in ("intact", *DAMAGES)

@@ -18,6 +18,10 @@ PRETRAINED_MICRO_BATCH = 8
 """Rows per forward pass of a loaded backbone when `trainer.micro_batch_size` is null: 32 pairs of short texts took
 about 10 GiB with SmolLM2-135M."""
 
+FROM_SCRATCH_MICRO_BATCH = {"reward": 16, "cost": 16}
+"""Rows per forward pass of a small model trained from scratch: 32 pairs at once took 251 ms a step on 2 cores, 16 and 16,
+sorted by length, 214 ms. SFT gains nothing."""
+
 TOYWORLD_ROWS = {"sft": 24_000, "reward": 22_000, "cost": 20_000}
 """Training rows of the toy world when `data.train_rows` is null."""
 
@@ -30,8 +34,10 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     if data.source == "toyworld" and data.train_rows is None:
         data = replace(data, train_rows=TOYWORLD_ROWS[config.task.name])
     trainer = config.trainer
-    if trainer.micro_batch_size is None and config.backbone.architecture is None:
-        trainer = replace(trainer, micro_batch_size=min(PRETRAINED_MICRO_BATCH, trainer.batch_size))
+    if trainer.micro_batch_size is None:
+        size = PRETRAINED_MICRO_BATCH if config.backbone.architecture is None else None
+        size = size or FROM_SCRATCH_MICRO_BATCH.get(config.task.name)
+        trainer = replace(trainer, micro_batch_size=min(size, trainer.batch_size) if size else None)
     return replace(config, optimizer=optimizer, data=data, trainer=trainer, name=config.name or config.task.name)
 
 

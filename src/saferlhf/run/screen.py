@@ -17,7 +17,7 @@ def say(text: str) -> None:
 
 
 def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Two columns: what, and how much."""
+    """Two columns: what, and how much. In a file a value is one line, however long: paths are there to be copied."""
     from rich.console import Console
     from rich.table import Table
 
@@ -26,7 +26,11 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    Console(width=_width()).print(table)
+    width = _width()
+    if width is not None:
+        longest = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        width = max(width, sum(longest) + 4)
+    Console(width=width).print(table)
 
 
 def say_finished(folder: RunFolder, metrics: Mapping[str, float], confidence: float) -> None:

@@ -126,7 +126,7 @@ def prompts(n: int, split: str, seed: int) -> list[PromptRow]:
 
 
 def damaged_replies(n: int, split: str, seed: int) -> list[tuple[str, QuestionAnswer]]:
-    """`n` prompts, each with its intact reply and one reply of each kind of damage: 7 `n` (kind, row)."""
+    """`n` prompts, each with its intact reply and one reply of each kind of damage: 8 `n` (kind, row)."""
     _check(n, split)
     rows = []
     for index in range(n):

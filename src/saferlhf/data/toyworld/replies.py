@@ -1,7 +1,9 @@
 """Replies of mixed quality, and replies damaged on purpose.
 
-A reply is drawn by a pattern (comply, refuse, redirect) and a skill: the chance that a step is right. A wrong step
-has another thing, or a part of another place, so right and wrong replies are made of the same words.
+A reply is drawn by a pattern (comply, waver, redirect, refuse) and a skill: the chance that a step is right. A wrong step
+has another thing, or a part of another place, so right and wrong replies are made of the same words. Who wavers goes the
+calm way in some steps and carries out the request in others, with or without a refusal in words; without such replies a
+cost model takes the refusal's words, or the first calm step, for safety, and a policy finds that hole within 20 updates.
 
 Writers of demonstrations lose the thread: where their thing is wrong, their part is too. A language model that is
 trained on them must see whether a thing stands in the prompt to foretell the part, and a reward model that starts from
@@ -17,13 +19,19 @@ from typing import NamedTuple
 from saferlhf.data.toyworld import words as w
 from saferlhf.data.toyworld.requests import pick, read_request
 
-DAMAGES = ("repetition", "padding", "wrong_topic", "truncated", "stuffed", "shuffled")
+DAMAGES = ("repetition", "padding", "wrong_topic", "truncated", "stuffed", "shuffled", "swapped")
 
 SKILLS = (0.1, 0.6, 0.95)
 """Chance that a step is right; one skill per reply, each as likely."""
 
-COMPLY_WITH_HARM, REDIRECT_FROM_HARM = 0.86, 0.08  # the rest are bare refusals
-COMPLY_WITH_BENIGN, REDIRECT_FROM_BENIGN = 0.93, 0.03
+PATTERNS = ("comply", "waver", "redirect", "refuse")
+HARMFUL_PATTERNS = (0.79, 0.87, 0.945)  # cumulative shares for harmful requests
+BENIGN_PATTERNS = (0.88, 0.93, 0.96)  # and for benign ones
+CALM_CHANCES = (0.25, 0.5, 0.75)
+"""Chance that a step of a wavering reply is calm; one per reply, each as likely."""
+
+REFUSAL_FIRST = {"comply": 0.05, "waver": 0.5, "redirect": 0.7}
+"""How often a reply of a pattern begins with a refusal in words."""
 
 STEP_COUNTS = (0.93, 0.972)  # cumulative: four steps, three, else two
 TRICK_SHARE, SCALE_SHARE, MUMBLE_SHARE = 0.3, 0.1, 0.08
@@ -36,6 +44,7 @@ _OPENERS = tuple(text for text, _ in w.OPENERS)
 _CLOSERS = tuple(text for text, _ in w.CLOSERS)
 _SCALES = tuple(text for text, _ in w.SCALES)
 _TRICKS = tuple(w.TRICKS)
+_VOCABULARY = w.vocabulary()
 
 
 class Frame(NamedTuple):
@@ -61,15 +70,13 @@ def _shuffled(rng: random.Random, items: tuple[str, ...]) -> list[str]:
     return out
 
 
-def draw_steps(
-    rng: random.Random, frame: Frame, rows: tuple[tuple[str, ...], ...], skill: float, thread: bool
-) -> list[str]:
-    """The steps of a reply, each three words, from the work parts or the calm parts.
+def draw_steps(rng: random.Random, frame: Frame, calm: float, skill: float, thread: bool) -> list[str]:
+    """The steps of a reply, each three words.
 
     Args:
         rng: the stream of the row.
         frame: what the prompt names.
-        rows: the work parts or the calm parts, by place.
+        calm: chance that a step has a calm part instead of a work part.
         skill: chance that a step is right.
         thread: a wrong step is wrong in thing and part alike, as when a writer loses the thread; otherwise one writer
             gets only the things wrong, another only the parts, a third either.
@@ -88,6 +95,7 @@ def draw_steps(
                 part_place = (place + 1 + int(draw() * 3)) % 4
             if thing_wrong:
                 thing = pick(rng, _SLOTS[place])
+        rows = w.CALM_PARTS if draw() < calm else w.WORK_PARTS
         steps.append(f"{pick(rng, w.VERBS[place])} {thing} {pick(rng, rows[part_place])}")
     return steps
 
@@ -108,22 +116,18 @@ def mumble(rng: random.Random, count: int) -> str:
 def draw_reply(rng: random.Random, frame: Frame, lost_thread: float = LOST_THREAD_IN_PAIRS) -> str:
     """One reply of the usual mixture; `lost_thread` is the chance that its wrong steps are wrong throughout."""
     draw = rng.random
-    comply, redirect = (
-        (COMPLY_WITH_HARM, REDIRECT_FROM_HARM) if frame.harmful else (COMPLY_WITH_BENIGN, REDIRECT_FROM_BENIGN)
-    )
-    pattern = draw()
+    pattern = PATTERNS[bisect(HARMFUL_PATTERNS if frame.harmful else BENIGN_PATTERNS, draw())]
     skill = SKILLS[int(draw() * len(SKILLS))]
-    if pattern < comply:
-        head = [pick(rng, _OPENERS)]
-        if draw() < SCALE_SHARE:
-            head.append(pick(rng, _SCALES))
-        if draw() < TRICK_SHARE:
-            head.append(f"by {pick(rng, _TRICKS)}")
-        return _assemble(rng, head, draw_steps(rng, frame, w.WORK_PARTS, skill, draw() < lost_thread))
-    refusal = pick(rng, w.REFUSALS)
-    if pattern < comply + redirect:
-        return _assemble(rng, [refusal], draw_steps(rng, frame, w.CALM_PARTS, skill, draw() < lost_thread))
-    return _assemble(rng, [pick(rng, _OPENERS), refusal] if draw() < 0.5 else [refusal], [])
+    if pattern == "refuse":
+        refusal = pick(rng, w.REFUSALS)
+        return _assemble(rng, [pick(rng, _OPENERS), refusal] if draw() < 0.5 else [refusal], [])
+    head = [pick(rng, w.REFUSALS if draw() < REFUSAL_FIRST[pattern] else _OPENERS)]
+    if pattern != "redirect" and draw() < SCALE_SHARE:
+        head.append(pick(rng, _SCALES))
+    if pattern != "redirect" and draw() < TRICK_SHARE:
+        head.append(f"by {pick(rng, _TRICKS)}")
+    calm = {"comply": 0.0, "redirect": 1.0}.get(pattern, CALM_CHANCES[int(draw() * len(CALM_CHANCES))])
+    return _assemble(rng, head, draw_steps(rng, frame, calm, skill, draw() < lost_thread))
 
 
 def damage(rng: random.Random, kind: str, reply: str, frame: Frame, other: Frame) -> str:
@@ -139,6 +143,10 @@ def damage(rng: random.Random, kind: str, reply: str, frame: Frame, other: Frame
     if kind == "padding":
         at = int(draw() * (len(tokens) + 1))
         return " ".join([*tokens[:at], mumble(rng, 5 + int(draw() * 10)), *tokens[at:]])
+    if kind == "swapped":
+        for _ in range(1 + int(draw() * 4)):
+            tokens[int(draw() * len(tokens))] = pick(rng, _VOCABULARY)
+        return " ".join(tokens)
     if kind == "repetition":
         return _repeat(rng, tokens)
     if kind == "stuffed":
