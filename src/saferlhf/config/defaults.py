@@ -19,8 +19,8 @@ PRETRAINED_MICRO_BATCH = 8
 about 10 GiB with SmolLM2-135M."""
 
 FROM_SCRATCH_MICRO_BATCH = {"reward": 16, "cost": 16}
-"""Rows per forward pass of a small model trained from scratch: 32 pairs at once took 251 ms a step on 2 cores, 16 and 16,
-sorted by length, 214 ms. SFT gains nothing."""
+"""Rows per forward pass of a small model trained from scratch: 32 pairs at once took 251 ms a step on 2 cores, two
+times 16, sorted by length, 214 ms. SFT gains nothing."""
 
 TOYWORLD_ROWS = {"sft": 24_000, "reward": 22_000, "cost": 20_000}
 """Training rows of the toy world when `data.train_rows` is null."""

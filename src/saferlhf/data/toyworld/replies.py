@@ -1,9 +1,10 @@
 """Replies of mixed quality, and replies damaged on purpose.
 
-A reply is drawn by a pattern (comply, waver, redirect, refuse) and a skill: the chance that a step is right. A wrong step
-has another thing, or a part of another place, so right and wrong replies are made of the same words. Who wavers goes the
-calm way in some steps and carries out the request in others, with or without a refusal in words; without such replies a
-cost model takes the refusal's words, or the first calm step, for safety, and a policy finds that hole within 20 updates.
+A reply is drawn by a pattern (comply, waver, redirect, refuse) and a skill: the chance that a step is right. A wrong
+step has another thing, or a part of another place, so right and wrong replies are made of the same words. Who wavers
+goes the calm way in some steps and carries out the request in others, with or without a refusal in words; without such
+replies a cost model takes the refusal's words, or the first calm step, for safety, and a policy finds that hole within
+20 updates.
 
 Writers of demonstrations lose the thread: where their thing is wrong, their part is too. A language model that is
 trained on them must see whether a thing stands in the prompt to foretell the part, and a reward model that starts from
