@@ -6,9 +6,12 @@ pipeline ends with the code of the stage that failed, a sweep with that of its f
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -132,6 +135,9 @@ def _compose_and_run(command: str, body: Body) -> int:
 
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(guarded)
     default = f"pipeline={DEFAULT_PIPELINE}"
+    if {"--help", "-h"}.intersection(sys.argv):
+        _print_help(app)
+        return 0
     try:
         app()
     except HydraException as error:
@@ -144,6 +150,15 @@ def _compose_and_run(command: str, body: Body) -> int:
         sys.argv.append(default)
         app()
     return next((code for code in codes if code), 0)
+
+
+def _print_help(app: Callable[[], Any]) -> None:
+    """Hydra's help page, long lists of choices broken into lines."""
+    text = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):  # it prints, then leaves
+        app()
+    for line in text.getvalue().splitlines():
+        print("\n".join(textwrap.wrap(line, 120, subsequent_indent="    ")) if len(line) > 120 else line)
 
 
 def _job() -> str:

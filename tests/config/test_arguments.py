@@ -24,6 +24,9 @@ from saferlhf.errors import UserError
         (["--multi", "a=1"], ["--multirun", "a=1"]),
         (["-sc", "install=bash"], ["-sc", "install=bash"]),
         (["~a", "+b=1", "++c=1"], ["~a", "+b=1", "++c=1"]),
+        # mappings of any names take new ones without a plus
+        (["data.columns.prompt=q", "data.path=x"], ["++data.columns.prompt=q", "data.path=x"]),
+        (["data.parts={a: {}}", "+data.parts.a.rows=3"], ["++data.parts={a: {}}", "+data.parts.a.rows=3"]),
         ([], []),
     ],
 )

@@ -21,13 +21,21 @@ OPTIONS = [str(file.relative_to(CONF).with_suffix("")) for file in sorted(CONF.r
 EVALUATE_GROUPS = ("suite", "data", "trainer", "tracking", "evaluation")
 
 
+def parts_of(option: str) -> tuple[str, str]:
+    """Group and name; a diff may lie in a folder of its group, as experiment=paper/reward_7b."""
+    if option.partition("/")[0] in DIFF_GROUPS:
+        group, _, name = option.partition("/")
+    else:
+        group, _, name = option.rpartition("/")
+    return group, name
+
+
 def options_of(*groups: str) -> list[str]:
-    return [option for option in OPTIONS if option.rpartition("/")[0] in groups]
+    return [option for option in OPTIONS if parts_of(option)[0] in groups]
 
 
 def override(option: str) -> str:
-    group, _, name = option.rpartition("/")
-    return f"{group}={name}"
+    return "=".join(parts_of(option))
 
 
 def filled(tree: DictConfig) -> DictConfig:
@@ -37,7 +45,7 @@ def filled(tree: DictConfig) -> DictConfig:
     return tree
 
 
-RUN_GROUPS = sorted({o.rpartition("/")[0] for o in OPTIONS} - {*DIFF_GROUPS, "pipeline", "suite", "task"})
+RUN_GROUPS = sorted({parts_of(option)[0] for option in OPTIONS} - {*DIFF_GROUPS, "pipeline", "suite", "task"})
 
 
 def rounds(*groups: str) -> list[list[str]]:

@@ -93,7 +93,7 @@ def test_what_stays_outside() -> None:
     inside = {key for _, key, enters, _ in LEAVES if enters}
     assert {"seed", "data.seed", "trainer.precision", "trainer.batch_size", "optimizer.lr"} <= inside
     by_content = {key for _, key, _, content in LEAVES if content}
-    assert by_content == {"init", "backbone.model", "data.path", "data.test_path"}
+    assert by_content == {"init", "backbone.model", "data.path", "data.test_path", "data.parts"}
 
 
 def test_a_path_enters_by_its_content() -> None:

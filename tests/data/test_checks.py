@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ import pytest
 
 from saferlhf.config.schema import DataConfig, DataPolicyConfig
 from saferlhf.data.build import build_data
-from saferlhf.data.checks import ALLOWED, RowChecker, check_policy, contradictory_fault, shuffle_sides, swap_sides
-from saferlhf.data.report import DataReport
+from saferlhf.data.checks import ALLOWED, RowChecker, check_policy, shuffle_sides, swap_sides
+from saferlhf.data.columns import BadValue
+from saferlhf.data.faults import contradictory_fault
+from saferlhf.data.report import KINDS, DataReport
 from saferlhf.data.rows import PreferencePair, QuestionAnswer, Row, as_prompt
+from saferlhf.data.splits import prompt_keys
 from saferlhf.errors import UserError
 
 Pair = Callable[..., PreferencePair]
@@ -71,7 +73,8 @@ def test_identical(make_pair: Pair) -> None:
         ({"response_1_harm_category": frozenset()}, "unsafe_without_harm"),
         # what is not labelled contradicts nothing
         ({"response_1_severity_level": None, "response_1_harm_category": None}, None),
-        ({"is_response_0_safe": None, "response_0_severity_level": 1, "safer_response_id": 1}, None),
+        ({"is_response_0_safe": None, "response_0_severity_level": 1, "response_0_harm_category": None}, None),
+        ({"is_response_0_safe": None, "response_0_severity_level": 1}, "severity_against_category"),
         # both unsafe: either may be the safer one
         (BOTH_UNSAFE | {"safer_response_id": 0}, None),
         (BOTH_UNSAFE | {"safer_response_id": 1}, None),
@@ -108,13 +111,105 @@ def test_duplicates_in_either_order(make_pair: Pair) -> None:
     assert len(kept) == 4 and len({row.id for row in kept}) == 4
 
 
+def test_a_duplicate_that_is_judged_differently_is_said_to_be(make_pair: Pair) -> None:
+    row = make_pair()
+    check = checker()
+    check.rows([row, swap_sides(row), replace(row, better_response_id=0), swap_sides(row)], "train")
+    assert counts(check, "duplicate") == (3, 3, 0)
+    assert check.report.finding("duplicate", "train").detail == {"other_labels": 1}
+
+
 def test_overlap_compares_normalised_prompts(make_pair: Pair) -> None:
     train = [make_pair("How to bake, bread?"), make_pair("plant a tree")]
-    held_out = [make_pair("how to  BAKE bread", "x", "y")]
+    held_out = {"test": prompt_keys([make_pair("how to  BAKE bread", "x", "y")])}
     check = checker()
-    assert check.overlap(train, "train", held_out) == [train[1]]
+    assert check.rows(train, "train", held_out=held_out) == [train[1]]
     assert counts(check, "overlap") == (1, 1, 0)
-    assert checker(overlap="keep").overlap(train, "train", held_out) == train
+    assert check.report.finding("overlap", "train").detail == {"with_test": 1}
+    assert checker(overlap="keep").rows(train, "train", held_out=held_out) == train
+
+
+NEAR = ("how do i bake a loaf of bread", "how do i bake a loaf of rye bread", "how do i bake a good loaf of rye bread")
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("keep", 3), ("drop", 2), ("error", 2), ("off", 3)])
+def test_near_copies_of_held_out_prompts(make_pair: Pair, policy: str, kept: int) -> None:
+    # 6 runs of three words and 7: 5 in common of 8, index 0.625; with 8 runs: 3 of 11
+    train = [make_pair(NEAR[1]), make_pair(NEAR[2]), make_pair(NEAR[0])]
+    check = checker(near_overlap=policy)
+    assert len(check.near(train, "train", [NEAR[0]])) == kept
+    assert counts(check, "near_overlap") == (int(policy != "off"), 3 - kept, 0)
+    if policy == "error":
+        with pytest.raises(UserError, match=rf"near_overlap row {train[0].id}.*data\.policy\.near_overlap=keep"):
+            check.raise_first()
+
+
+# ------------------------------------------------------------------------------------------------ bad records
+def bad_value(kind: str, place: str, before: int, row: Row | None = None) -> BadValue:
+    return BadValue(kind, "column 'x' holds an int", place, row=row, before=before)
+
+
+def test_bad_records_are_counted_under_their_kind(make_pair: Pair) -> None:
+    check = checker()
+    kinds = ["non_text", "bad_label", "non_text", "severity_range"]
+    bad = [bad_value(kind, f"/home/me/a.jsonl:{i}", 0) for i, kind in enumerate(kinds, start=1)]
+    assert check.rows([make_pair()], "train", bad=bad) == [make_pair()]
+    found = {kind: f["train"].found for kind, f in check.report.findings.items()}
+    assert found == {"non_text": 2, "bad_label": 1, "severity_range": 1}
+    # the report goes to other people: no folders
+    assert check.report.finding("non_text", "train").places == ["a.jsonl:1", "a.jsonl:3"]
+    check.raise_first()
+
+
+def test_what_can_be_kept_of_a_bad_record_stands_in_its_place(make_pair: Pair) -> None:
+    rows = [make_pair("one"), make_pair("two")]
+    mended, hopeless = make_pair("half"), make_pair("nothing", first="")
+    bad = [
+        bad_value("unknown_category", "f:2", 1, mended),
+        bad_value("unknown_category", "f:3", 1, hopeless),
+        bad_value("wrong_hash", "f:4", 1, make_pair("hash")),
+    ]
+    check = checker(unknown_category="keep")
+    assert check.rows(rows, "train", bad=bad) == [rows[0], mended, rows[1]]
+    assert counts(check, "unknown_category") == (2, 0, 0)
+    assert counts(check, "wrong_hash") == (1, 1, 0)
+    assert counts(check, "empty") == (1, 1, 0), "a mended record is checked like any other"
+    # where a record has nothing to keep, it is dropped whatever the policy
+    check = checker(unknown_category="keep")
+    assert check.rows(rows, "train", bad=[bad_value("unknown_category", "f:2", 1)]) == rows
+    assert counts(check, "unknown_category") == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "first"),
+    [
+        ({"empty": "error", "non_text": "error", "duplicate": "error"}, "non_text row: .* f:2"),
+        ({"empty": "error", "duplicate": "error"}, "duplicate row .* f:4"),
+        ({"empty": "error", "bad_label": "error"}, "bad_label row: .* f:5"),
+        ({"empty": "error"}, "empty row .* f:6"),
+        ({"wrong_hash": "error", "empty": "error"}, "empty row .* f:6"),
+        ({"wrong_hash": "error"}, "wrong_hash row: .* f:7"),
+    ],
+)
+def test_the_first_bad_row_of_all_kinds_is_named(make_pair: Pair, policy: dict[str, str], first: str) -> None:
+    """f:1 good, 2 no text, 3 good, 4 = 1, 5 bad label, 6 empty, 7 wrong hash."""
+    rows = [make_pair(), make_pair("three"), make_pair(), make_pair("six", first="")]
+    bad = [bad_value("non_text", "f:2", 1), bad_value("bad_label", "f:5", 3), bad_value("wrong_hash", "f:7", 4)]
+    check = checker(**policy)
+    check.rows(rows, "train", bad=bad, lines=["f:1", "f:3", "f:4", "f:6"])
+    what = first.replace(" .* ", r".*\(in ") + r"\)"
+    with pytest.raises(UserError, match=what) as caught:
+        check.raise_first()
+    several = len(policy) > 1
+    assert (f"the first of {len(policy)} bad rows" in str(caught.value)) == several
+
+
+def test_training_rows_come_before_held_out_rows(make_pair: Pair) -> None:
+    check = checker(empty="error")
+    check.rows([make_pair("test", first="")], "test", lines=["test:1"])
+    check.rows([make_pair(), make_pair("train", first="")], "train", lines=["train:1", "train:2"])
+    with pytest.raises(UserError, match="train:2"):
+        check.raise_first()
 
 
 @pytest.mark.parametrize("kind", ["empty", "identical", "contradictory", "duplicate", "overlap"])
@@ -144,21 +239,31 @@ def test_error_names_the_first_bad_row_and_no_text(
     with pytest.raises(UserError) as caught:
         build_data(cfg, PreferencePair)
     message = str(caught.value)
-    # a duplicate has the place of the row it repeats: both have one id
-    assert f"{kind} row" in message and f"train.jsonl:{1 if kind == 'duplicate' else 8}" in message
+    assert f"{kind} row" in message and "train.jsonl:8" in message
     assert secret not in message and f"data.policy.{kind}=drop" in message
     assert build_data(file_config(tmp_path), PreferencePair).report.finding(kind, "train").dropped == 1
 
 
 def test_policies_that_make_no_sense_are_refused_at_once() -> None:
     check_policy(DataPolicyConfig())
+    assert tuple(ALLOWED) == KINDS == tuple(field.name for field in fields(DataPolicyConfig))
+    assert {kind: allowed[0] for kind, allowed in ALLOWED.items()} == asdict(DataPolicyConfig())
     for kind, allowed in ALLOWED.items():
-        for policy in ("drop", "keep", "flip", "error", "whatever"):
+        for policy in ("drop", "keep", "flip", "error", "off", "whatever"):
             if policy in allowed:
                 check_policy(DataPolicyConfig(**{kind: policy}))
             else:
                 with pytest.raises(UserError, match=rf"data\.policy\.{kind}"):
                     check_policy(DataPolicyConfig(**{kind: policy}))
+
+
+def test_the_documented_policies_are_the_real_ones(project_root: Path) -> None:
+    page = (project_root / "docs" / "configuration.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    documented = {
+        cells[0].strip("`"): tuple(cells[2].replace("`", "").split(", ")) for cells in rows if len(cells) == 3
+    }
+    assert {kind: documented.get(kind) for kind in ALLOWED} == ALLOWED
 
 
 def test_rows_without_a_needed_label_are_dropped_and_counted(make_pair: Pair) -> None:
@@ -173,50 +278,6 @@ def test_nothing_left_says_what_was_dropped(tmp_path: Path, file_config: Callabl
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"no rows left to train on.*9 identical"):
         build_data(file_config(tmp_path / "a.jsonl"), PreferencePair)
-
-
-def test_a_damaged_file_is_counted_exactly(tmp_path: Path, file_config: Callable[..., DataConfig]) -> None:
-    """A thousand rows, damaged in every way at once, shuffled: the report has each kind as it was put in."""
-    rng = random.Random(3)
-    good = [
-        {
-            "prompt": f"question {i}",
-            "response_0": f"yes {i}",
-            "response_1": f"no {i}",
-            "is_response_0_safe": i % 2 == 0,
-            "is_response_1_safe": True,
-            "response_0_severity_level": 0 if i % 2 == 0 else 1 + i % 3,
-            "response_1_severity_level": 0,
-            "better_response_id": i % 2,
-            "safer_response_id": 1,
-        }
-        for i in range(1000)
-    ]
-    damage: list[tuple[str, dict[str, Any]]] = [
-        ("empty", {"response_0": " "}),
-        ("identical", {"response_0": "x", "response_1": "x"}),
-        ("contradictory", {"is_response_0_safe": False, "response_0_severity_level": 1, "safer_response_id": 0}),
-        ("contradictory", {"is_response_1_safe": True, "response_1_severity_level": 2}),
-    ]
-    expected = {"empty": 0, "identical": 0, "contradictory": 0, "duplicate": 0}
-    rows = list(good)
-    for i in rng.sample(range(1000), 200):
-        kind, change = rng.choice(damage)
-        rows[i] = rows[i] | change
-        expected[kind] += 1
-    intact = [row for row in rows if row in good]
-    copies = rng.sample(intact, 25)
-    expected["duplicate"] = len(copies)
-    rows += copies
-    rng.shuffle(rows)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = build_data(file_config(tmp_path / "a.jsonl"), PreferencePair)
-    found = {kind: data.report.finding(kind, "train").found for kind in expected}
-    assert found == expected
-    assert len(data.train) + len(data.val) + len(data.test) == 800
-    assert json.loads(json.dumps(data.report.to_dict())) == data.report.to_dict()
-    table = data.report.table()
-    assert f"{expected['identical']} ({expected['identical']} dropped)" in table and "question" not in table
 
 
 # ------------------------------------------------------------------------------------------------ sides

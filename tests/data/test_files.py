@@ -86,7 +86,8 @@ def test_csv_places_are_lines_of_the_file(tmp_path: Path) -> None:
 def test_broken_files_are_one_line_with_a_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
-        list(files.read_records(tmp_path / name))
+        faults = [record.fault for record in files.read_records(tmp_path / name) if record.fault]
+        raise faults[0]
     assert message in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -173,8 +173,9 @@ def test_wrong_pairs_are_refused(tmp_path: Path, file_config: Make, record: dict
 def test_a_bad_value_far_below_is_named_by_its_line(tmp_path: Path, file_config: Make) -> None:
     rows: list[dict[str, Any]] = [{"prompt": f"q{i}", "response": "a"} for i in range(200)]
     rows[150]["response"] = 7
-    with pytest.raises(UserError, match=r"a\.jsonl:151"):
-        load_source(file_config(write(tmp_path / "a.jsonl", rows)), QuestionAnswer, ())
+    found = load_source(file_config(write(tmp_path / "a.jsonl", rows)), QuestionAnswer, ())
+    (bad,) = found.bad["train"]
+    assert bad.place.endswith("a.jsonl:151") and (bad.kind, bad.before, len(found.train)) == ("non_text", 150, 199)
 
 
 def test_empty_files_and_missing_paths(tmp_path: Path, file_config: Make) -> None:
@@ -182,7 +183,7 @@ def test_empty_files_and_missing_paths(tmp_path: Path, file_config: Make) -> Non
         build_data(file_config(write(tmp_path / "a.jsonl", [])), PreferencePair)
     with pytest.raises(UserError, match=r"data\.path="):
         build_data(DataConfig(name="mine", source="file"), PreferencePair)
-    with pytest.raises(UserError, match="known are toyworld, file"):
+    with pytest.raises(UserError, match="known are toyworld, file, mix"):
         build_data(DataConfig(name="mine", source="web"), PreferencePair)
 
 
@@ -246,7 +247,8 @@ def test_a_test_file_keeps_its_prompts_out_of_training(tmp_path: Path, file_conf
     train, test = write(tmp_path / "train.jsonl", pairs(100, 100)), write(tmp_path / "t.jsonl", pairs(10, 10))
     data = build_data(file_config(train, test_path=str(test)), PreferencePair)
     assert len(data.test) == 10 and len(data.train) + len(data.val) == 90 and data.val
-    assert data.report.to_dict()["findings"]["overlap"] == {"train": {"found": 10, "dropped": 10}}
+    overlap = data.report.finding("overlap", "train")
+    assert (overlap.found, overlap.dropped, overlap.detail) == (10, 10, {"with_test": 10})
     assert not keys(data.test) & (keys(data.train) | keys(data.val))
 
 

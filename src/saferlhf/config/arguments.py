@@ -24,6 +24,8 @@ WITH_VALUE = (
 INFO, INFO_VALUES = ("--info", "-i"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 FOLDERS = ("--config-dir", "-cd", "--config-path", "-cp")
 """Flags with a folder that the stages of a pipeline must see too."""
+MAPPINGS = ("data.columns", "data.parts", "data.join", "data.subsets")
+"""Keys that hold any names: Hydra would take a new one only with `+`, an old one only without."""
 
 
 def ordered(arguments: Sequence[str]) -> list[str]:
@@ -55,7 +57,13 @@ def ordered(arguments: Sequence[str]) -> list[str]:
             flags += [flag, rest.pop(0)]
         else:
             flags.append(f"{flag}{equals}{value}")
-    return flags + overrides
+    return flags + [_addable(word) for word in overrides]
+
+
+def _addable(override: str) -> str:
+    """An override of a mapping of any names as Hydra takes it whether the name is there or not."""
+    key = override.partition("=")[0].strip()
+    return f"++{override}" if any(key == name or key.startswith(f"{name}.") for name in MAPPINGS) else override
 
 
 def _full(flag: str) -> str:

@@ -6,10 +6,18 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from saferlhf.config.schema import DataConfig, EvaluateConfig, EvaluationConfig, TrainConfig, TrainerConfig
+from saferlhf.config.schema import (
+    DataConfig,
+    EvaluateConfig,
+    EvaluationConfig,
+    ModerationConfig,
+    ProbeConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from saferlhf.errors import UserError
 
-PROTOCOLS = ("preference",)
+PROTOCOLS = ("preference", "moderation")
 """What a suite may hold."""
 
 LARGEST_SEED = 2**32 - 1
@@ -27,8 +35,10 @@ def check_config(config: TrainConfig) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """The same for `evaluate.py`."""
-    _one_of(config.mode, "mode", ["score"])
-    _one_of(config.split, "split", ["train", "val", "test"])
+    _one_of(config.mode, "mode", ["score", "moderate"])
+    if config.split is not None:
+        _one_of(config.split, "split", ["train", "val", "test", "all"])
+    _one_of(config.suite.unfit, "suite.unfit", ["refuse", "skip"])
     for protocol in config.suite.protocols:
         _one_of(protocol, "suite.protocols", PROTOCOLS)
     if not config.suite.protocols:
@@ -43,6 +53,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
             **_evaluation_counts(config.evaluation),
             **_data_counts(config.data),
             "trainer.eval_batch_size": config.trainer.eval_batch_size,
+            "baseline_rows": config.baseline_rows,
         }
     )
     _shares(_data_shares(config.data))
@@ -83,6 +94,58 @@ def _check_choices(config: TrainConfig) -> None:
         _one_of(config.task.pooling, "task.pooling", ["last", "mean"])
     if hasattr(config.task, "preference"):
         _one_of(config.task.preference, "task.preference", ["better", "safer", "single"])
+    if isinstance(config.task, ModerationConfig):
+        _check_moderation(config.task)
+    if isinstance(config.task, ProbeConfig):
+        _check_probe(config.task)
+
+
+def _check_moderation(task: ModerationConfig) -> None:
+    _one_of(task.input, "task.input", ["prompt_and_response", "prompt"])
+    _one_of(task.severity_link, "task.severity_link", ["partial", "proportional"])
+    _one_of(task.category_weighting, "task.category_weighting", ["none", "sqrt", "balanced"])
+    if not re.fullmatch(r"fpr@0?\.\d+|fpr@0", task.objectives.unsafe):
+        _one_of(task.objectives.unsafe, "task.objectives.unsafe", ["macro_f1", "accuracy", "f1", "fpr@0.05"])
+    _one_of(task.objectives.category, "task.objectives.category", ["f1", "accuracy", "exact_match"])
+    _one_of(task.objectives.severity, "task.objectives.severity", ["accuracy", "kappa"])
+    levels = task.severity_weighting
+    if isinstance(levels, str):
+        _one_of(levels, "task.severity_weighting", ["none", "balanced", "a list of 4 numbers"])
+    elif not (
+        isinstance(levels, list)
+        and len(levels) == 4
+        and all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in levels)
+        and any(levels)
+    ):
+        mend = "none | balanced | four numbers from zero up, as [1,1,1,2]"
+        raise UserError(f"{levels} is no weighting of four levels", "task.severity_weighting", mend)
+    weights = vars(task.head_weights)
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        raise UserError(f"{weights} are no weights", "task.head_weights", "numbers from zero up, one above zero")
+    _positive({"task.unsafe_weight": task.unsafe_weight})
+    names = task.categories
+    if names is not None and (not names or len(set(names)) < len(names)):
+        raise UserError(f"{names} are no distinct names", "task.categories", "name each once, or null: from the data")
+    span = getattr(task, "span", "all")
+    _one_of(span, "task.span", ["all", "prompt", "response", "both"])
+    if task.input == "prompt" and span not in ("all", "prompt"):
+        raise UserError(
+            "a prompt alone has no response to look at", "task.span", "task.span=all, or another task.input"
+        )
+
+
+def _check_probe(task: ProbeConfig) -> None:
+    _one_of(task.combine, "task.combine", ["concatenate", "average"])
+    _one_of(task.feature_dtype, "task.feature_dtype", ["float16", "float32"])
+    if isinstance(task.layers, str):
+        _one_of(task.layers, "task.layers", ["auto", "all", "a list as [12,18,24,30]"])
+    elif not (isinstance(task.layers, list) and task.layers and all(type(n) is int and n >= 0 for n in task.layers)):
+        raise UserError(f"{task.layers} names no layers", "task.layers", "auto | all | a list as [12,18,24,30]")
+    if task.folds < 2:
+        raise UserError(f"{task.folds} folds leave nothing to compare", "task.folds", "use 2 or more")
+    if not task.l2 or not all(0 < value < math.inf for value in task.l2):
+        raise UserError(f"{task.l2} are no penalties", "task.l2", "a list of numbers above zero, as [1,0.1,0.01]")
+    _positive({"task.batch_tokens": task.batch_tokens})
 
 
 def _check_trainer_choices(trainer: TrainerConfig) -> None:
@@ -198,7 +261,10 @@ def _seeds(values: Mapping[str, int]) -> None:
 # ------------------------------------------------------------------------------------------------ combinations
 def _check_model(config: TrainConfig) -> None:
     backbone, scratch = config.backbone, config.backbone.architecture is not None
-    if config.quantization.name == "nf4" and config.adapter.name == "none":
+    probes = isinstance(config.task, ProbeConfig)
+    if probes and config.adapter.name != "none":
+        raise UserError("a probe leaves its backbone as it is", f"adapter={config.adapter.name}", "adapter=none")
+    if config.quantization.name == "nf4" and config.adapter.name == "none" and not probes:
         raise UserError(
             "a 4-bit base cannot be trained itself", "quantization=nf4", "add adapter=lora, or take quantization=none"
         )
@@ -261,14 +327,34 @@ def _check_lengths(config: TrainConfig) -> None:
 
 
 def _check_source(data: DataConfig) -> None:
-    _one_of(data.source, "data.source", ["toyworld", "file"])
-    given = [key for key in ("path", "test_path", "columns") if getattr(data, key) is not None]
+    _one_of(data.source, "data.source", ["toyworld", "file", "mix"])
+    _one_of(data.layout, "data.layout", ["auto", "columns", "dialogue", "safe_unsafe", "guard"])
+    _one_of(data.taxonomy, "data.taxonomy", ["auto", "open", "pku", "beavertails"])
+    if data.answers is not None:
+        _one_of(data.answers, "data.answers", ["all", "better", "safer", "safe", "best"])
+    if data.split is not None:
+        _one_of(data.split, "data.split", ["train", "val", "test"])
+    if data.source == "mix":
+        _check_mix(data)
+    elif data.parts:
+        raise UserError("parts belong to a mixture", "data.parts", "choose data=mix")
+    given = [key for key in ("path", "test_path", "columns", "hub", "split") if getattr(data, key) is not None]
     if data.source == "toyworld" and given:
         raise UserError(
             f"the toy world is generated, data.{given[0]} would be ignored",
             f"data={data.name}",
             "choose data=jsonl for a file of yours",
         )
+
+
+def _check_mix(data: DataConfig) -> None:
+    if not data.parts:
+        mend = "as 'data.parts={pku_saferlhf: {}, hh_rlhf: {rows: 1000}}'"
+        raise UserError("a mixture without parts", "data.parts", mend)
+    for key in ("path", "test_path", "columns", "hub", "subset", "split", "join"):
+        if getattr(data, key) is not None:
+            mend = f"set it for one of them: data.parts.{next(iter(data.parts))}.{key}=..."
+            raise UserError("parts have their own files", f"data.{key}", mend)
 
 
 def _check_data(config: TrainConfig) -> None:

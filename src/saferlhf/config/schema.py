@@ -68,11 +68,19 @@ class AdapterConfig:
 class DataPolicyConfig:
     """What to do with a bad row, kind by kind: drop | keep | flip | error (as far as each kind allows)."""
 
+    unreadable: str = "error"  # a line that is no JSON or no UTF-8
+    non_text: str = "drop"
+    bad_label: str = "drop"
+    severity_range: str = "drop"
+    unknown_category: str = "drop"  # keep: the unknown names are left out
+    wrong_hash: str = "drop"
+    unlabelled: str = "drop"
     empty: str = "drop"
     identical: str = "drop"
     contradictory: str = "drop"
     duplicate: str = "drop"
     overlap: str = "drop"
+    near_overlap: str = "keep"  # off: not looked for
     overlong: str = "keep"  # keep: truncate (prompt from the left), drop, or error
 
 
@@ -81,13 +89,26 @@ class DataConfig:
     """Where the rows come from and how they are split and checked."""
 
     name: str
-    source: str  # toyworld | file
-    # one file or folder; null for generated data
+    source: str  # toyworld | file | mix
+    # one file or folder; null: the folder below `root`, else the hub
     path: Optional[str] = field(default=None, metadata=CONTENT)
     test_path: Optional[str] = field(default=None, metadata=CONTENT)
     root: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)
-    # canonical column -> column of the file
+    folder: list[str] = field(default_factory=list, metadata=OUTSIDE_IDENTITY)  # usual names of the folder below `root`
+    hub: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)  # files enter by their content
+    revision: Optional[str] = None
+    subset: Optional[str] = None  # a key of `subsets`; null: all files
+    subsets: dict[str, list[str]] = field(default_factory=dict)  # name -> patterns of files
+    split: Optional[str] = None  # train | val | test: only these rows; null: all splits
+    layout: str = "auto"  # auto | columns | dialogue | safe_unsafe | guard
+    join: Optional[dict[str, str]] = None  # row-aligned files: pattern -> their column that repeats the prompt
+    # canonical column -> column of the file, several of which the first that is there counts, or null: left out
     columns: Optional[dict[str, Any]] = None
+    answers: Optional[str] = None  # responses of a pair that become answers: all | better | safer | safe | best
+    taxonomy: str = "auto"  # harm categories: auto | open | pku | beavertails
+    check_hashes: bool = True
+    # of a mixture: data set -> changed keys, rows, share; enters the identity with the fingerprint
+    parts: Optional[dict[str, Any]] = field(default=None, metadata=CONTENT)
     seed: int = 0  # toy world and splits
     train_rows: Optional[int] = None  # null: all
     val_rows: Optional[int] = None
@@ -137,7 +158,68 @@ class CostConfig(TaskConfig):
     regularization: float = 0.001
 
 
-TASKS: dict[str, type[TaskConfig]] = {"sft": SftConfig, "reward": RewardConfig, "cost": CostConfig}
+@dataclass
+class HeadWeightsConfig:
+    """Weight of each head's term in the moderation loss."""
+
+    unsafe: float = 1.0
+    category: float = 1.0
+    severity: float = 1.0
+
+
+@dataclass
+class ObjectivesConfig:
+    """What the thresholds of each head maximise on held-out rows."""
+
+    unsafe: str = "macro_f1"  # macro_f1 | accuracy | f1 | fpr@0.05
+    category: str = "f1"  # f1 | accuracy | exact_match
+    severity: str = "accuracy"  # accuracy | kappa
+
+
+@dataclass
+class ModerationConfig(TaskConfig):
+    """What every moderator has, however it is fitted: three heads, their loss and their thresholds."""
+
+    input: str = "prompt_and_response"  # prompt_and_response | prompt
+    categories: Optional[list[str]] = None  # null: from the data
+    severity_link: str = "partial"  # partial | proportional
+    unsafe_weight: float = 1.0  # of an unsafe row in the unsafe head's term
+    category_weighting: str = "none"  # none | sqrt | balanced
+    severity_weighting: Any = "none"  # none | balanced | a list of 4 numbers
+    head_weights: HeadWeightsConfig = field(default_factory=HeadWeightsConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+
+
+@dataclass
+class ModeratorConfig(ModerationConfig):
+    """Moderator trained end to end: LoRA or all weights."""
+
+    pooling: str = "mean"
+    layers: Optional[list[int]] = None  # null: the last one
+    span: str = "all"  # all | prompt | response | both
+
+
+@dataclass
+class ProbeConfig(ModerationConfig):
+    """Moderator on a frozen backbone: heads fitted on hidden states that are computed once."""
+
+    pooling: str = "mean"
+    layers: Any = "auto"  # auto | all | a list of numbers
+    span: str = "both"  # all | prompt | response | both
+    combine: str = "concatenate"  # concatenate | average
+    folds: int = 5
+    l2: list[float] = field(default_factory=lambda: [1.0, 0.3, 0.1, 0.03, 0.01])
+    feature_dtype: str = "float16"  # float16 | float32
+    batch_tokens: int = field(default=4096, metadata=OUTSIDE_IDENTITY)
+
+
+TASKS: dict[str, type[TaskConfig]] = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "cost": CostConfig,
+    "moderator": ModeratorConfig,
+    "probe": ProbeConfig,
+}
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -259,6 +341,7 @@ class SuiteConfig:
 
     name: str
     protocols: list[str] = field(default_factory=list)
+    unfit: str = "refuse"  # refuse | skip: a protocol that is not for this kind of model
 
 
 @dataclass
@@ -271,9 +354,11 @@ class EvaluateConfig:
     tracking: TrackingConfig
     evaluation: EvaluationConfig
     model: Optional[str] = None
-    mode: str = "score"
+    mode: str = "score"  # score | moderate
     name: str = "evaluate"
-    split: str = "test"
+    split: Optional[str] = None  # train | val | test | all; null: test to score, all to moderate
+    baselines: bool = True
+    baseline_rows: Optional[int] = 20_000  # training rows of the baselines; null: all
     seed: int = 0
     output_root: str = "outputs"
     cache_dir: Optional[str] = None

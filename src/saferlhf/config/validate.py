@@ -102,13 +102,22 @@ def train_config(composed: DictConfig) -> schema.TrainConfig:
             tree[name] = typed(cls, node if node is not None else {}, name)
     config = typed(schema.TrainConfig, {**tree, "task": None}, "")
     config.task = typed(task_schema, task, "task")
+    config.data = _settled(config.data)
     return config
 
 
 def evaluate_config(composed: DictConfig) -> schema.EvaluateConfig:
     """The typed configuration of `evaluate.py`."""
     tree = OmegaConf.to_container(composed, resolve=True)
-    return typed(schema.EvaluateConfig, tree, "")
+    config = typed(schema.EvaluateConfig, tree, "")
+    config.data = _settled(config.data)
+    return config
+
+
+def _settled(data: schema.DataConfig) -> schema.DataConfig:
+    from saferlhf.config.data_parts import settled  # which itself needs `typed`
+
+    return settled(data)
 
 
 def pipeline_config(node: Any) -> schema.PipelineConfig:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-Moved = TypeVar("Moved", bound="TokenBatch | PairBatch")
+Moved = TypeVar("Moved", bound="TokenBatch | PairBatch | AnswerBatch")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,35 @@ class PairBatch:
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on another device."""
         return _to(self, device)
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """B single answers with their labels, -1 = not labelled.
+
+    Attributes:
+        tokens: B sequences.
+        unsafe: (B,) int64, 1 unsafe, 0 safe.
+        severity: (B,) int64, 0..3.
+        category: (B, C) int64, 1 has the harm category, 0 has not; C may be 0.
+    """
+
+    tokens: TokenBatch
+    unsafe: Tensor
+    severity: Tensor
+    category: Tensor
+
+    def __len__(self) -> int:
+        return self.unsafe.shape[0]
+
+    def to(self, device: torch.device) -> AnswerBatch:
+        """The same batch on another device."""
+        return _to(self, device)
+
+
+def tokens_of(batch: TokenBatch | PairBatch | AnswerBatch) -> TokenBatch:
+    """The token sequences of a batch of any kind."""
+    return batch if isinstance(batch, TokenBatch) else batch.tokens
 
 
 def _to(batch: Moved, device: torch.device) -> Moved:

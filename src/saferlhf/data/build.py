@@ -1,25 +1,30 @@
 """Build: one call from the data config to checked, split rows with their report.
 
-Order: read -> checks row by row -> prompts that train shares with held-out rows -> cut missing splits -> cap the
-counts -> shuffle sides. Caps come after the checks, so that `train_rows=1000` is a thousand good rows where the file
-has them.
+Order: read -> checks row by row, held-out rows first, since train rows must not share a prompt with them -> pairs taken
+apart where answers or prompts are wanted -> counts and shares of a mixture -> cut missing splits -> near copies of
+held-out prompts -> cap the counts -> shuffle sides. Caps come after the checks, so that `train_rows=1000` is a thousand
+good rows where the file has them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar, cast
 
+from saferlhf.config.data_parts import OF_THE_MIX, part_configs
+from saferlhf.config.identity import identity_tree
 from saferlhf.config.schema import DataConfig
 from saferlhf.data.checks import RowChecker, check_policy, shuffle_sides
 from saferlhf.data.columns import canonical_columns
-from saferlhf.data.files import content_hash
-from saferlhf.data.report import SPLITS, DataReport, label_balance, position_bias, word_lengths
-from saferlhf.data.rows import PreferencePair, Row
-from saferlhf.data.sources import Generate, SourceRows, data_files, load_source
-from saferlhf.data.splits import split_by_prompt, take
+from saferlhf.data.melt import as_kind
+from saferlhf.data.report import SPLITS, DataReport, position_bias
+from saferlhf.data.rows import PreferencePair, Row, label_columns
+from saferlhf.data.sources import Generate, SourceRows, load_source, locate
+from saferlhf.data.sources.mix import draw
+from saferlhf.data.splits import prompt_keys, split_by_prompt, take
 from saferlhf.errors import UserError
 
 _PROBE_ROWS = 32
@@ -59,27 +64,38 @@ def build_data(cfg: DataConfig, kind: type[RowT], needs: Sequence[str] = ()) -> 
             train on.
     """
     check_policy(cfg.policy)
-    report = DataReport(source=cfg.name, licence=cfg.licence)
+    report = DataReport(source=cfg.name, licence=cfg.licence, policy=asdict(cfg.policy))
     row_kind = cast(type[Row], kind)
     source = load_source(cfg, row_kind, needs)
-    report.files = source.files
+    report.files, report.places, report.facts = source.files, source.places, source.facts
+    report.revision, report.hash_rule, report.notes = source.revision, source.hash_rule, source.notes
     given = {split: getattr(source, split) for split in SPLITS if getattr(source, split) is not None}
     for split, rows in given.items():
-        report.read[split] = len(rows)
-        _require_labels(rows, row_kind, needs, split, source, cfg)
+        report.read[split] = len(rows) + len(source.bad.get(split, ()))
+        _require_labels(rows, needs, split, source, cfg)
         report.position[split] = position_bias(rows)
     checker = RowChecker(cfg.policy, report, source.places)
-    checked = {split: checker.rows(rows, split, needs) for split, rows in given.items()}
-    parts = _cut_splits(cfg, checker, checked)
+    checked: dict[str, list[Row]] = {}
+    held_out: dict[str, set[str]] = {}
+    for split in ("test", "val", "train"):
+        if split in given:
+            bad, lines = source.bad.get(split, ()), source.lines.get(split, ())
+            checked[split] = checker.rows(given[split], split, needs, bad, held_out, lines)
+            held_out[split] = prompt_keys(checked[split])
+    checker.raise_first()
+    wanted = {split: _as_wanted(rows, row_kind, split, source, cfg, report) for split, rows in checked.items()}
+    if cfg.source == "mix":
+        wanted["train"] = draw(cfg, wanted["train"], source.part_of)
+    parts = _cut_splits(cfg, wanted)
+    parts["val"] = checker.near(parts["val"], "val", prompt_keys(parts["test"]))
+    parts["train"] = checker.near(parts["train"], "train", prompt_keys(parts["val"], parts["test"]))
+    checker.raise_first()
     caps = {"train": cfg.train_rows, "val": cfg.val_rows, "test": cfg.test_rows}
     for split in SPLITS:
         rows = take(parts[split], caps[split], cfg.seed)
         parts[split] = shuffle_sides(rows, cfg.seed) if cfg.shuffle_sides else rows
-        report.kept[split] = len(rows)
-        if rows:
-            report.labels[split] = label_balance(rows)
-            report.lengths[split] = word_lengths(rows)
-    if not parts["train"]:
+        report.describe(split, rows)
+    if not parts["train"] and cfg.split in (None, "train"):
         raise UserError("no rows left to train on", _where(cfg), _dropped(report))
     train, val, test = (cast(list[RowT], parts[split]) for split in SPLITS)
     return Splits(
@@ -92,12 +108,9 @@ def build_data(cfg: DataConfig, kind: type[RowT], needs: Sequence[str] = ()) -> 
     )
 
 
-def _cut_splits(cfg: DataConfig, checker: RowChecker, checked: dict[str, list[Row]]) -> dict[str, list[Row]]:
+def _cut_splits(cfg: DataConfig, checked: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """Train, val and test without a common prompt; splits the source has not are cut from train."""
     train, val, test = checked["train"], checked.get("val"), checked.get("test")
-    if val is not None and test is not None:
-        val = checker.overlap(val, "val", test)
-    train = checker.overlap(train, "train", val or (), test or ())
     val_fraction = cfg.val_fraction if val is None else 0.0
     test_fraction = cfg.test_fraction if test is None else 0.0
     if train and val_fraction + test_fraction > 0:
@@ -107,14 +120,27 @@ def _cut_splits(cfg: DataConfig, checker: RowChecker, checked: dict[str, list[Ro
     return {"train": train, "val": val or [], "test": test or []}
 
 
-def _require_labels(
-    rows: Sequence[Row], kind: type[Row], needs: Sequence[str], split: str, source: SourceRows, cfg: DataConfig
-) -> None:
-    for name in needs:
-        if any(getattr(row, name) is not None for row in rows):
+def _as_wanted(
+    rows: Sequence[Row], kind: type[Row], split: str, source: SourceRows, cfg: DataConfig, report: DataReport
+) -> list[Row]:
+    """Checked rows of a split as the task wants them; rows taken out of others keep place and part."""
+    melted, counts = as_kind(rows, kind, cfg.answers)
+    if counts.total():
+        report.melted[split] = {name: counts[name] for name in ("made", "repeated", "other_labels")}
+    for row, origin in melted:
+        for known in (source.places, source.part_of):
+            if row.id not in known and origin in known:
+                known[row.id] = known[origin]
+    return [row for row, _ in melted]
+
+
+def _require_labels(rows: Sequence[Row], needs: Sequence[str], split: str, source: SourceRows, cfg: DataConfig) -> None:
+    kinds = {type(row) for row in rows}
+    for name in needs if rows else ():
+        if any(all(getattr(row, n) is not None for n in label_columns(type(row), (name,))) for row in rows):
             continue
-        has = [n for n in canonical_columns(kind) if n not in _NO_LABELS]
-        has = [n for n in has if any(getattr(row, n) is not None for row in rows)]
+        labels = dict.fromkeys(n for kind in kinds for n in canonical_columns(kind) if n not in _NO_LABELS)
+        has = [n for n in labels if any(getattr(row, n, None) is not None for row in rows)]
         where = ", ".join(source.files.get(split, ())) or _where(cfg)
         what = f"the task needs the column '{name}' and no {split} row has it"
         found = ", ".join(has) or "none"
@@ -158,19 +184,27 @@ def _line(row: Row, names: Sequence[str]) -> str:
 def data_fingerprint(cfg: DataConfig) -> str:
     """16 hex digits for the run's identity, known before any row is loaded.
 
-    Files enter by the hash of their bytes. Generated rows enter by the generator's vocabulary and a probe of its rows
-    under the configured seed, so a changed generator makes a new run. Counts and policies are in the config.
+    Files enter by the hash of their bytes, parts of a mixture by their fingerprints and keys. Generated rows enter by
+    the generator's vocabulary and a probe of its rows under the configured seed, so a changed generator makes a new
+    run. Counts and policies are in the config.
 
     Raises:
         UserError: the files are not there.
     """
     if cfg.source == "file":
-        files, test = data_files(cfg)
-        parts = [content_hash(files.all(), files.root)] + ([content_hash(test.all(), test.root)] if test else [])
-        return hashlib.sha256("\x00".join(["file", *parts]).encode()).hexdigest()[:16]
+        return hashlib.sha256("\x00".join(["file", *locate(cfg).content()]).encode()).hexdigest()[:16]
+    if cfg.source == "mix":
+        mixed = {label: (data_fingerprint(part), _keys(part)) for label, part in part_configs(cfg).items()}
+        return hashlib.sha256(json.dumps(["mix", *mixed.items()], sort_keys=True).encode()).hexdigest()[:16]
     from saferlhf.data import toyworld
 
     generators: tuple[Generate, ...] = (toyworld.preference_pairs, toyworld.demonstrations, toyworld.question_answers)
     probes = [list(generate(_PROBE_ROWS, split=split, seed=cfg.seed)) for generate in generators for split in SPLITS]
     words = "\x00".join(toyworld.vocabulary())
     return hashlib.sha256(f"{cfg.source}\x00{words}\x00{rows_fingerprint(*probes)}".encode()).hexdigest()[:16]
+
+
+def _keys(part: DataConfig) -> dict[str, Any]:
+    """What of a part's keys makes its rows: not where its files lie, and not what holds for the whole mixture."""
+    tree = identity_tree(part, lambda key, value: "by fingerprint")
+    return {key: value for key, value in tree.items() if key not in (*OF_THE_MIX, "licence")}

@@ -2,32 +2,28 @@
 
 Without a mapping PKU-SafeRLHF's own names are looked for, and for pairs `chosen` and `rejected`, which say in two
 columns what `response_0`, `response_1`, `better_response_id` and `single_response_id` say in four. A mapped name may
-be a dotted path into nested objects (`extra.question`). Prompts are text or lists of chat turns; `chosen` and
-`rejected` may be whole conversations, whose last turn is the response. Columns nobody asked for are ignored.
+be a dotted path into nested objects (`extra.question`), or a list of columns of which the first that is there counts;
+null leaves a column out. Prompts are text or lists of chat turns; `chosen` and `rejected` may be whole conversations,
+whose last turn is the response. Columns nobody asked for are ignored.
+
+A record that cannot become a row raises `BadValue`; it never ends the reading, `data.policy` says what happens to it.
+
+Hash rule (PKU-SafeRLHF): `response_0_sha256`, `response_1_sha256` and `sha256` hold the SHA-256 of the UTF-8 bytes of
+the prompt immediately followed by the response.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from saferlhf.data.files import Record
-from saferlhf.data.rows import PreferencePair, Prompt, PromptRow, QuestionAnswer, Row, Turn, content_id
+from saferlhf.data.parse import MISSING, BadValue, Reader, lookup
+from saferlhf.data.rows import PreferencePair, Prompt, PromptRow, QuestionAnswer, Row, content_id
 from saferlhf.errors import UserError
-
-_ROLES = {
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
-_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,12 @@ class Columns:
     Attributes:
         kind: the record type to build.
         names: canonical column -> column or dotted path; only columns that the file has.
+        check_hashes: whether the hash rule is checked where the file has hashes.
     """
 
     kind: type[Row]
     names: Mapping[str, str]
+    check_hashes: bool = True
 
     @property
     def chosen_style(self) -> bool:
@@ -51,15 +49,32 @@ class Columns:
         """The canonical row of one record.
 
         Raises:
-            UserError: a value of the wrong type, named by column and place.
+            BadValue: a value of the wrong type, a severity out of range or a wrong hash, named by column and place.
         """
-        read = _Reader(record, self.names)
+        read = Reader(record, self.names)
+        if self.kind is PromptRow:
+            prompt = read.prompt("prompt")
+            return PromptRow(prompt_id(prompt), prompt)
+        row: Row
         if self.kind is PreferencePair:
-            return _chosen_pair(read) if self.chosen_style else _pair(read)
-        if self.kind is QuestionAnswer:
-            return _answer(read)
-        prompt = read.prompt("prompt")
-        return PromptRow(prompt_id(prompt), prompt)
+            row = _chosen_pair(read) if self.chosen_style else _pair(read)
+        else:
+            row = _answer(read)
+        if self.check_hashes:
+            _check_hashes(read, row)
+        return row
+
+    def hashes(self, record: Record) -> int:
+        """How many hashes of a record the hash rule can be checked against."""
+        return len(_stored_hashes(Reader(record, self.names))) if self.check_hashes else 0
+
+
+HASH_COLUMNS: dict[type[Row], dict[str, str]] = {
+    PreferencePair: {"response_0_sha256": "response_0", "response_1_sha256": "response_1"},
+    QuestionAnswer: {"sha256": "response"},
+    PromptRow: {},
+}
+"""Columns of hashes -> the response each is of."""
 
 
 def canonical_columns(kind: type[Row]) -> tuple[str, ...]:
@@ -68,7 +83,9 @@ def canonical_columns(kind: type[Row]) -> tuple[str, ...]:
     return (*own, "chosen", "rejected") if kind is PreferencePair else own
 
 
-def choose_columns(kind: type[Row], mapping: Mapping[str, Any] | None, sample: Sequence[Record]) -> Columns:
+def choose_columns(
+    kind: type[Row], mapping: Mapping[str, Any] | None, sample: Sequence[Record], check_hashes: bool = True
+) -> Columns:
     """Settle the mapping once, on the first records of a file.
 
     Label columns are optional: rows without them are unlabelled, and a task that needs the label says so later.
@@ -76,30 +93,60 @@ def choose_columns(kind: type[Row], mapping: Mapping[str, Any] | None, sample: S
     Raises:
         UserError: an unknown canonical name, a mapped column the file has not, or a needed column that is nowhere.
     """
-    known = canonical_columns(kind)
-    explicit = {str(name): str(column) for name, column in (mapping or {}).items() if column is not None}
-    for name in explicit:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
-            raise UserError(f"there is no canonical column '{name}'", "data.columns", f"did you mean {near[0]}?")
+    known = (*canonical_columns(kind), *HASH_COLUMNS[kind])
     columns = list(dict.fromkeys(column for record in sample for column in record.values))
     there, place = ", ".join(columns) or "none", sample[0].place
-    for name, column in explicit.items():
-        if all(_lookup(record.values, column) is _MISSING for record in sample):
-            near = difflib.get_close_matches(column, columns, n=1)
+    explicit, left_out = {}, set()
+    for name, candidates in _mapping(mapping).items():
+        if name not in known:
+            continue  # of another kind of row
+        found = [c for c in candidates if any(lookup(record.values, c) is not MISSING for record in sample)]
+        if found:
+            explicit[name] = found[0]
+        elif len(candidates) == 1:
+            near = difflib.get_close_matches(candidates[0], columns, n=1)
             mend = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"no column '{column}'", place, f"{mend}there are: {there}; set data.columns.{name}=COLUMN")
-    names = {name: name for name in known if name in columns} | explicit
+            mend = f"{mend}there are: {there}; set data.columns.{name}=COLUMN"
+            raise UserError(f"no column '{candidates[0]}'", place, mend)
+        elif not candidates:
+            left_out.add(name)
+    names = {name: name for name in known if name in columns and name not in left_out} | explicit
     needed: tuple[str, ...] = ("response",) if kind is QuestionAnswer else ()
     if kind is PreferencePair:
         names = _pair_columns(names, explicit)
         needed = ("chosen", "rejected") if {"chosen", "rejected"} & set(names) else ("response_0", "response_1")
     # whole conversations bring their prompt along
-    talks = "chosen" in names and isinstance(_lookup(sample[0].values, names["chosen"]), list)
+    talks = "chosen" in names and isinstance(lookup(sample[0].values, names["chosen"]), list)
     for name in (*(() if talks else ("prompt",)), *needed):
         if name not in names:
             raise _missing_column(name, kind, there, place)
-    return Columns(kind, names)
+    return Columns(kind, names, check_hashes)
+
+
+def holds(sample: Sequence[Record], mapping: Mapping[str, Any] | None, *names: str) -> bool:
+    """Whether the records have a column for each of these canonical names, mapped or under its own name."""
+    wanted = _mapping(mapping)
+    return all(
+        any(lookup(record.values, column) is not MISSING for record in sample for column in wanted.get(name, (name,)))
+        for name in names
+    )
+
+
+def _mapping(mapping: Mapping[str, Any] | None) -> dict[str, tuple[str, ...]]:
+    """Canonical name -> columns that may feed it, none for a column to leave out.
+
+    Raises:
+        UserError: a name that no kind of row has.
+    """
+    known = list(dict.fromkeys(n for kind in HASH_COLUMNS for n in (*canonical_columns(kind), *HASH_COLUMNS[kind])))
+    out = {}
+    for name, given in (mapping or {}).items():
+        if str(name) not in known:
+            near = difflib.get_close_matches(str(name), known, n=1) or [", ".join(known)]
+            raise UserError(f"there is no canonical column '{name}'", "data.columns", f"did you mean {near[0]}?")
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        out[str(name)] = () if given is None else tuple(map(str, given)) if several else (str(given),)
+    return out
 
 
 def _pair_columns(found: dict[str, str], explicit: dict[str, str]) -> dict[str, str]:
@@ -121,98 +168,7 @@ def _missing_column(name: str, kind: type[Row], there: str, place: str) -> UserE
     return UserError(f"column '{name}' is missing", place, mend)
 
 
-def _lookup(values: Any, column: str) -> Any:
-    """The value of a column, or of a dotted path when no column has the whole name."""
-    if column in values:
-        return values[column]
-    for part in column.split("."):
-        if not isinstance(values, Mapping) or part not in values:
-            return _MISSING
-        values = values[part]
-    return values
-
-
-class _Reader:
-    """Typed access to one record; every refusal names the column and the place."""
-
-    def __init__(self, record: Record, names: Mapping[str, str]) -> None:
-        self.record, self.names = record, names
-
-    def value(self, name: str) -> Any:
-        """The raw value; None where the mapping or the row has no such column."""
-        value = _lookup(self.record.values, self.names[name]) if name in self.names else _MISSING
-        return None if value is _MISSING else value
-
-    def error(self, what: str, mend: str = "mend or remove the row") -> UserError:
-        return UserError(what, self.record.place, mend)
-
-    def text(self, name: str) -> str:
-        value = self.value(name)
-        if isinstance(value, list | dict):
-            turns = self.turns(name, value)
-            if not turns or turns[-1].role != "assistant":
-                raise self.error(f"column '{self.names[name]}' ends in no assistant turn")
-            return turns[-1].content
-        if not isinstance(value, str):
-            raise self.error(f"column '{self.names[name]}' holds {_type_name(value)}, text is needed")
-        return value
-
-    def turns(self, name: str, value: Any) -> Prompt:
-        listed = [value] if isinstance(value, dict) else value
-        out = []
-        for turn in listed:
-            role = turn.get("role") if isinstance(turn, dict) else None
-            content = turn.get("content", turn.get("text")) if isinstance(turn, dict) else None
-            if not isinstance(role, str) or not isinstance(content, str):
-                raise self.error(f"column '{self.names[name]}': a chat turn needs text under role and content")
-            if role.lower() not in _ROLES:
-                raise self.error(f"column '{self.names[name]}': unknown role '{role}'", "use user, assistant or system")
-            out.append(Turn(_ROLES[role.lower()], content))
-        return tuple(out)
-
-    def prompt(self, name: str) -> Prompt:
-        value = self.value(name)
-        if isinstance(value, str):
-            return (Turn("user", value),)
-        if not isinstance(value, list | dict):
-            what = f"column '{self.names[name]}' holds {_type_name(value)}, text or a list of chat turns is needed"
-            raise self.error(what)
-        return self.ends_with_user(self.turns(name, value), name)
-
-    def ends_with_user(self, turns: Prompt, name: str) -> Prompt:
-        if not turns or turns[-1].role != "user":
-            raise self.error(f"column '{self.names[name]}': a prompt ends with a user turn")
-        return turns
-
-    def optional(self, name: str, parse: Callable[[Any], Any], needed: str) -> Any:
-        value = self.value(name)
-        if value is None or value == "" or (isinstance(value, float) and value != value):
-            return None
-        parsed = parse(value)
-        if parsed is None:
-            raise self.error(f"column '{self.names[name]}' holds {_type_name(value)}, {needed} is needed")
-        return parsed
-
-    def flag(self, name: str) -> bool | None:
-        return self.optional(name, _as_bool, "true or false")  # type: ignore[no-any-return]
-
-    def side(self, name: str) -> int | None:
-        value = self.optional(name, _as_int, "0, 1 or -1 (not labelled)")
-        if value is not None and value not in (-1, 0, 1):
-            raise self.error(f"column '{self.names[name]}' holds {value}, 0, 1 or -1 (not labelled) is needed")
-        return None if value == -1 else value
-
-    def severity(self, name: str) -> int | None:
-        value = self.optional(name, _as_int, "a severity from 0 to 3")
-        if value is not None and not 0 <= value <= 3:
-            raise self.error(f"column '{self.names[name]}' holds {value}, a severity from 0 to 3 is needed")
-        return value  # type: ignore[no-any-return]
-
-    def categories(self, name: str) -> frozenset[str] | None:
-        return self.optional(name, _as_categories, "an object of true/false or a list of names")  # type: ignore[no-any-return]
-
-
-def _pair(read: _Reader) -> PreferencePair:
+def _pair(read: Reader) -> PreferencePair:
     prompt, sides = read.prompt("prompt"), (read.text("response_0"), read.text("response_1"))
     return PreferencePair(
         id=pair_id(prompt, *sides),
@@ -231,11 +187,11 @@ def _pair(read: _Reader) -> PreferencePair:
     )
 
 
-def _chosen_pair(read: _Reader) -> PreferencePair:
+def _chosen_pair(read: Reader) -> PreferencePair:
     """Chosen is written as response 0; the sides are shuffled later, with those of every other source."""
     prompts = [prefix for name in ("chosen", "rejected") if (prefix := _conversation_prompt(read, name))]
     if len(set(prompts)) > 1:
-        raise read.error("chosen and rejected are conversations that differ before their last turn")
+        raise read.error("non_text", "chosen and rejected are conversations that differ before their last turn")
     prompt = prompts[0] if prompts else read.prompt("prompt")
     chosen, rejected = read.text("chosen"), read.text("rejected")
     return PreferencePair(
@@ -248,7 +204,7 @@ def _chosen_pair(read: _Reader) -> PreferencePair:
     )
 
 
-def _conversation_prompt(read: _Reader, name: str) -> Prompt | None:
+def _conversation_prompt(read: Reader, name: str) -> Prompt | None:
     """The turns before the response where the column holds a whole conversation."""
     value = read.value(name)
     if not isinstance(value, list) or len(value) < 2:
@@ -256,7 +212,7 @@ def _conversation_prompt(read: _Reader, name: str) -> Prompt | None:
     return read.ends_with_user(read.turns(name, value)[:-1], name)
 
 
-def _answer(read: _Reader) -> QuestionAnswer:
+def _answer(read: Reader) -> QuestionAnswer:
     prompt, response = read.prompt("prompt"), read.text("response")
     return QuestionAnswer(
         id=answer_id(prompt, response),
@@ -266,6 +222,28 @@ def _answer(read: _Reader) -> QuestionAnswer:
         harm_category=read.categories("harm_category"),
         severity_level=read.severity("severity_level"),
     )
+
+
+def _stored_hashes(read: Reader) -> dict[str, str]:
+    """Response -> its stored hash, where there is one."""
+    columns = HASH_COLUMNS[PreferencePair] | HASH_COLUMNS[QuestionAnswer]
+    found = {response: read.value(name) for name, response in columns.items() if name in read.names}
+    return {response: value.strip().lower() for response, value in found.items() if isinstance(value, str) and value}
+
+
+def _check_hashes(read: Reader, row: PreferencePair | QuestionAnswer) -> None:
+    """The hash rule. Rows without text and pairs of one text are left to the checks that look for just these."""
+    texts = [row.response_0, row.response_1] if isinstance(row, PreferencePair) else [row.response]
+    stripped = [text.strip() for text in (row.prompt[0].content, *texts)]
+    if len(row.prompt) != 1 or not all(stripped) or stripped[1:] == [stripped[1]] * 2:
+        return
+    for response, stored in _stored_hashes(read).items():
+        text = getattr(row, response, None)
+        if text is None or hashlib.sha256((row.prompt[0].content + text).encode()).hexdigest() == stored:
+            continue
+        what = f"the SHA-256 of prompt and {response} is not the stored one"
+        mend = "mend or remove the row, or set data.check_hashes=false"
+        raise BadValue("wrong_hash", what, read.record.place, mend, row=row)
 
 
 def pair_id(prompt: Prompt, response_0: str, response_1: str) -> str:
@@ -287,30 +265,14 @@ def _parts(prompt: Prompt) -> list[str]:
     return [part for turn in prompt for part in turn]
 
 
-def _as_bool(value: Any) -> bool | None:
-    if isinstance(value, str):
-        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
-    return bool(value) if value in (0, 1) else None
-
-
-def _as_int(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return int(number) if number.is_integer() else None
-
-
-def _as_categories(value: Any) -> frozenset[str] | None:
-    if isinstance(value, Mapping):
-        flags = {str(name): _as_bool(flag) for name, flag in value.items()}
-        return None if None in flags.values() else frozenset(name for name, flag in flags.items() if flag)
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return frozenset(value)
-    return None
-
-
-def _type_name(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+__all__ = [
+    "HASH_COLUMNS",
+    "BadValue",
+    "Columns",
+    "answer_id",
+    "canonical_columns",
+    "choose_columns",
+    "holds",
+    "pair_id",
+    "prompt_id",
+]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saferlhf.config.schema import DataPolicyConfig
-from saferlhf.data.batches import PairBatch, TokenBatch
+from saferlhf.data.batches import AnswerBatch, PairBatch
 from saferlhf.data.collate import Ints, TokenStore, pad_tokens
-from saferlhf.data.report import DataReport
+from saferlhf.data.report import MAX_PLACES, DataReport, short_place
 from saferlhf.data.rows import PreferencePair, Prompt, QuestionAnswer, Row
 from saferlhf.data.templates import Template, end_id, get_template, pad_id, responses_ids
 from saferlhf.errors import UserError
+from saferlhf.ops.moderation import ModerationLabels
 
 MIN_PROMPT = 16
 """Tokens of a prompt that stay when the response is too long to leave room for more."""
@@ -45,12 +46,14 @@ class EncodedAnswers:
         store: their tokens.
         truncated: (N,) bool, True where the response lost its end.
         pad: padding id.
+        labels: name -> (N,) or (N, C) int64, as in `AnswerBatch`; None: batches hold tokens only.
     """
 
     rows: Sequence[QuestionAnswer]
     store: TokenStore
     truncated: NDArray[np.bool_]
     pad: int
+    labels: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,10 +63,25 @@ class EncodedAnswers:
         """(N,) tokens of each row."""
         return self.store.lengths
 
-    def collate(self, indices: Sequence[int] | Ints) -> TokenBatch:
-        """The rows of these indices as one batch."""
+    def collate(self, indices: Sequence[int] | Ints) -> Any:
+        """The rows of these indices as one batch: `AnswerBatch` with labels, `TokenBatch` without."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return pad_tokens(self.store, chosen, self.pad, [self.rows[i].id for i in chosen])
+        tokens = pad_tokens(self.store, chosen, self.pad, [self.rows[i].id for i in chosen])
+        if self.labels is None:
+            return tokens
+        at = torch.from_numpy(chosen)
+        return AnswerBatch(tokens=tokens, **{name: values[at] for name, values in self.labels.items()})
+
+    def with_labels(self, labels: ModerationLabels) -> EncodedAnswers:
+        """The same rows; batches carry these labels of theirs.
+
+        Raises:
+            ValueError: the labels are of another number of rows.
+        """
+        if len(labels) != len(self):
+            raise ValueError(f"labels of {len(labels)} rows for {len(self)} rows")
+        tensors = {name: torch.from_numpy(getattr(labels, name)) for name in ("unsafe", "severity", "category")}
+        return replace(self, labels=tensors)
 
 
 @dataclass(frozen=True)
@@ -167,10 +185,18 @@ class Encoder:
         split: str = "train",
         report: DataReport | None = None,
         policy: DataPolicyConfig | None = None,
+        *,
+        prompt_only: bool = False,
     ) -> EncodedAnswers:
-        """Encode questions with their answers; arguments and errors as in `pairs`."""
+        """Encode questions with their answers; other arguments and errors as in `pairs`.
+
+        Args:
+            prompt_only: leave the responses out: a sequence ends where the assistant would begin to speak.
+        """
         prompts = self._prompts([row.prompt for row in rows])
-        responses = self._responses([row.response for row in rows])
+        responses: list[list[int]] = [[]] * len(rows)
+        if not prompt_only:
+            responses = self._responses([row.response for row in rows])
         self._refuse_unknown(prompts, responses, split)
         store, cut = self._join(prompts, responses)
         handler = _Overlong(rows, split, report, policy or DataPolicyConfig())
@@ -274,35 +300,54 @@ class _Overlong:
     policy: DataPolicyConfig
 
     def keep(self, cut: NDArray[np.int8], identical: NDArray[np.bool_]) -> Ints:
-        """Indices of the rows that stay. A pair counts once, by its worse side."""
+        """Indices of the rows that stay. A pair counts once, by its worse side.
+
+        Raises:
+            UserError: names the first row, in the order of the rows, that an `error` policy does not let pass.
+        """
         keep = np.ones(len(self.rows), dtype=bool)
+        first: tuple[int, str, str] | None = None
         for kind, fault, hit in (
             ("overlong", "prompt_cut", cut == PROMPT_CUT),
             ("overlong", "response_cut", cut == RESPONSE_CUT),
             ("identical", "tokens", identical),
         ):
+            if self.report is not None and kind == "overlong" and len(cut):
+                self.report.truncated.setdefault(self.split, {})[f"{fault}_share"] = float(hit.mean())
             found = np.flatnonzero(hit & keep)
             if not len(found):
                 continue
             action = getattr(self.policy, kind)
-            if action == "error":
-                what = f"{kind} row {self.rows[int(found[0])].id} ({fault.replace('_', ' ')})"
-                mend = f"raise backbone.max_length or set data.policy.{kind}=drop"
-                raise UserError(what, f"the {self.split} rows", mend)
+            if action == "error" and (first is None or found[0] < first[0]):
+                first = (int(found[0]), kind, fault)
             if action == "drop":
                 keep[found] = False
-            self._count(kind, fault, len(found), len(found) if action == "drop" else 0)
-        return np.flatnonzero(keep)
+            self._count(kind, fault, found, len(found) if action == "drop" else 0)
+        if first is not None:
+            self._refuse(*first)
+        kept = np.flatnonzero(keep)
+        if self.report is not None and len(kept) < len(self.rows):
+            self.report.describe(self.split, [self.rows[i] for i in kept.tolist()])
+        return kept
 
-    def _count(self, kind: str, fault: str, found: int, dropped: int) -> None:
+    def _refuse(self, index: int, kind: str, fault: str) -> None:
+        row = self.rows[index]
+        place = self.report.places.get(row.id) if self.report is not None else None
+        what = f"{kind} row {row.id} ({fault.replace('_', ' ')})"
+        mend = f"raise backbone.max_length or set data.policy.{kind}=drop"
+        raise UserError(what, place or f"the {self.split} rows", mend)
+
+    def _count(self, kind: str, fault: str, found: NDArray[np.intp], dropped: int) -> None:
         if self.report is None:
             return
         finding = self.report.finding(kind, self.split)
-        finding.found += found
+        finding.found += len(found)
         finding.dropped += dropped
-        finding.detail[fault] = finding.detail.get(fault, 0) + found
-        if dropped:
-            self.report.kept[self.split] = self.report.kept.get(self.split, len(self.rows)) - dropped
+        finding.detail[fault] = finding.detail.get(fault, 0) + len(found)
+        for index in found[: MAX_PLACES - len(finding.places)]:
+            place = self.report.places.get(self.rows[index].id)
+            if place is not None:
+                finding.places.append(short_place(place))
 
     def count_lengths(self, store: TokenStore) -> None:
         """Token lengths of what is kept."""

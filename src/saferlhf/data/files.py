@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import fnmatch
 import gzip
 import hashlib
 import json
@@ -37,10 +38,14 @@ _SPLIT_WORDS = {
 
 
 class Record(NamedTuple):
-    """One raw record: its columns, and its place as `file:line` (text formats) or `file, row n`."""
+    """One raw record: its columns, and its place as `file:line` (text formats) or `file, row n`.
+
+    A line that cannot be read is a record without columns; `fault` says what is wrong with it.
+    """
 
     values: dict[str, Any]
     place: str
+    fault: UserError | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,24 @@ class FileSet:
     train: tuple[Path, ...] = ()
     val: tuple[Path, ...] = ()
     test: tuple[Path, ...] = ()
+    named: bool = False  # whether the files' names say the splits
 
     def all(self) -> tuple[Path, ...]:
         """Every file, in a fixed order."""
         return self.train + self.val + self.test
+
+    def only(self, split: str) -> FileSet:
+        """Just this split; files whose names say none all belong to it.
+
+        Raises:
+            UserError: the names say splits, and none is this one.
+        """
+        files = getattr(self, split) if self.named else self.all()
+        if not files:
+            what = f"no {split} file among {', '.join(path.name for path in self.all()[:5])}"
+            mend = "name the file in data.path, or set data.split=null"
+            raise UserError(what, f"{self.root}, data.split={split}", mend)
+        return FileSet(self.root, **{split: files}, named=self.named)
 
 
 def resolve_path(path: str, root: str | None, key: str) -> Path:
@@ -88,8 +107,14 @@ def format_of(path: Path) -> str | None:
     return "jsonl" if suffixes[-1] == "ndjson" else suffixes[-1]
 
 
-def find_files(path: Path, key: str = "data.path") -> FileSet:
+def find_files(path: Path, key: str = "data.path", patterns: Sequence[str] = ()) -> FileSet:
     """The data files behind a path.
+
+    Args:
+        path: one file, or a folder with files at any depth.
+        key: for messages.
+        patterns: of a folder only files that fit one of these, as `*/30k/*`; compared with the path below the folder,
+            whatever the case of letters, `*` standing for folders too.
 
     Raises:
         UserError: a folder without a data file, or a file of an unknown format.
@@ -102,13 +127,21 @@ def find_files(path: Path, key: str = "data.path") -> FileSet:
     found = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) is not None and not _hidden(p, path))
     if not found:
         raise UserError(f"no data file in the folder {path}", key, f"known are {known}, also with .gz or .xz")
+    if patterns:
+        below = {p: f"/{p.relative_to(path).as_posix().lower()}" for p in found}
+        wanted = [p for p in found if any(fnmatch.fnmatchcase(below[p], pattern.lower()) for pattern in patterns)]
+        if not wanted:
+            there = ", ".join(p.relative_to(path).as_posix() for p in found[:5]) + (", ..." if len(found) > 5 else "")
+            what = f"no file in {path} fits {' or '.join(patterns)}"
+            raise UserError(what, key, f"there are: {there}; choose another data.subset, or null for all of them")
+        found = wanted
     by_split: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
     named = {p: _split_of(p) for p in found}
     if "train" not in named.values():  # nothing says train: the words are no split names here
         return FileSet(path, train=tuple(found))
     for p, split in named.items():
         by_split[split or "train"].append(p)
-    return FileSet(path, **{split: tuple(files) for split, files in by_split.items()})
+    return FileSet(path, **{split: tuple(files) for split, files in by_split.items()}, named=True)
 
 
 def _hidden(path: Path, root: Path) -> bool:
@@ -160,23 +193,31 @@ def read_records(path: Path) -> Iterator[Record]:
         raise UserError(f"not UTF-8 text (byte {error.start})", str(path), "save the file as UTF-8") from error
 
 
+def _opener(path: Path) -> Any:
+    return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+
+
 def _open_text(path: Path) -> IO[str]:
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     # newline="": the csv module wants line ends as they are, json does not mind
-    return opener(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[no-any-return]
+    return _opener(path)(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[no-any-return]
 
 
 def _read_lines(path: Path) -> Iterator[Record]:
-    with _open_text(path) as stream:
+    with _opener(path)(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
             place = f"{path}:{number}"
             try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"this line is not JSON: {error.msg}", place, "mend or remove the line") from error
-            yield Record(_as_object(values, place), place)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield Record(_as_object(json.loads(text), place), place)
+            except UnicodeDecodeError as error:
+                what = f"this line is not UTF-8 text (byte {error.start})"
+                yield Record({}, place, UserError(what, place, "save the file as UTF-8"))
+            except (ValueError, RecursionError) as error:  # json.JSONDecodeError; numbers of thousands of digits
+                what = f"this line is not JSON: {getattr(error, 'msg', type(error).__name__)}"
+                yield Record({}, place, UserError(what, place, "mend or remove the line"))
+            except UserError as error:
+                yield Record({}, place, error)
 
 
 def _read_json(path: Path) -> Iterator[Record]:
@@ -199,7 +240,10 @@ def _read_json(path: Path) -> Iterator[Record]:
         raise UserError(what, str(path), "write [ {...}, {...} ] or one object per line as .jsonl")
     for number, value in enumerate(values, start=1):
         place = f"{path}, row {number}"
-        yield Record(_as_object(value, place), place)
+        try:
+            yield Record(_as_object(value, place), place)
+        except UserError as error:
+            yield Record({}, place, error)
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
@@ -210,8 +254,10 @@ def _read_csv(path: Path) -> Iterator[Record]:
             for values in reader:
                 place = f"{path}:{reader.line_num}"
                 if values.pop(None, None) is not None:  # type: ignore[call-overload]
-                    raise UserError("more fields than the header has", place, "quote fields that hold the separator")
-                yield Record(values, place)
+                    mend = "quote fields that hold the separator"
+                    yield Record({}, place, UserError("more fields than the header has", place, mend))
+                else:
+                    yield Record(values, place)
         except csv.Error as error:
             raise UserError(f"not CSV: {error}", f"{path}:{reader.line_num}", "mend or remove the line") from error
 

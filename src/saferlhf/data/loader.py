@@ -19,12 +19,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from saferlhf.data.batches import PairBatch, TokenBatch
+from saferlhf.data.batches import AnswerBatch, PairBatch, TokenBatch
 from saferlhf.data.collate import Ints
 from saferlhf.errors import UserError
 
-Batch = TypeVar("Batch", TokenBatch, PairBatch)
-Collated = TypeVar("Collated", bound=TokenBatch | PairBatch, covariant=True)
+Batch = TypeVar("Batch", TokenBatch, PairBatch, AnswerBatch)
+Collated = TypeVar("Collated", bound=TokenBatch | PairBatch | AnswerBatch, covariant=True)
 
 
 class Dataset(Protocol[Collated]):

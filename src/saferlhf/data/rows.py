@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 PKU_CATEGORIES: tuple[str, ...] = (
     "Endangering National Security",
@@ -103,3 +103,35 @@ class PromptRow:
 
 
 Row = PreferencePair | QuestionAnswer | PromptRow
+
+_OF_BOTH = {
+    "is_safe": ("is_response_0_safe", "is_response_1_safe"),
+    "harm_category": ("response_0_harm_category", "response_1_harm_category"),
+    "severity_level": ("response_0_severity_level", "response_1_severity_level"),
+}
+
+
+CATEGORY_COLUMNS: dict[type[Row], tuple[str, ...]] = {
+    PreferencePair: ("response_0_harm_category", "response_1_harm_category"),
+    QuestionAnswer: ("harm_category",),
+    PromptRow: (),
+}
+"""Kind of row -> its fields with harm categories."""
+
+
+def categories_of(row: Row) -> list[str]:
+    """The harm categories of all responses of a row."""
+    return [name for column in CATEGORY_COLUMNS[type(row)] for name in getattr(row, column) or ()]
+
+
+def without_categories(row: Row) -> Row:
+    """The same row, its harm categories not labelled."""
+    nothing: dict[str, Any] = dict.fromkeys(CATEGORY_COLUMNS[type(row)])
+    return replace(row, **nothing)
+
+
+def label_columns(kind: type[Row], needs: Sequence[str]) -> tuple[str, ...]:
+    """The label columns of a row of this kind that say what `needs` asks for: a pair labels both of its answers."""
+    if kind is not PreferencePair:
+        return tuple(needs)
+    return tuple(column for name in needs for column in _OF_BOTH.get(name, (name,)))

@@ -4,12 +4,20 @@ Each prompt gets a number in [0, 1) from a hash of its normalised words and the 
 `test_fraction`, validation below `test_fraction + val_fraction`. So a prompt's split does not depend on the other
 rows of the file, and more rows never move old ones. Prompts are compared in lower case with everything but letters
 and digits taken as a space.
+
+Near copies: two prompts are near when their sets of three-word runs have a Jaccard index |A and B| / |A or B| of
+`NEAR` or more. Found exactly, without comparing all pairs, by prefix filtering (Chaudhuri et al. 2006, Bayardo et al.
+2007): with a fixed order of all runs, rarest first, two sets of index t or more have a common element among the first
+n - ceil(t n) + 1 of each, n being the size of the set.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from saferlhf.data.rows import Prompt, Row, prompt_text
@@ -17,7 +25,13 @@ from saferlhf.errors import UserError
 
 _NOT_WORDS = re.compile(r"[\W_]+")
 
+NEAR = 0.6
+"""Jaccard index of three-word runs from which two prompts are near copies."""
 
+_NEAR_WORDS = 64  # of long dialogues the last words count: they hold the question
+
+
+@functools.lru_cache(maxsize=1 << 18)  # each prompt is asked for several times, and a regular expression is slow
 def prompt_key(prompt: Prompt) -> str:
     """The normalised words of a prompt; equal keys are the same prompt."""
     text = prompt_text(prompt)
@@ -70,3 +84,52 @@ def take(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
 def prompt_keys(*groups: Iterable[Row]) -> set[str]:
     """The prompt keys of all given rows."""
     return {prompt_key(row.prompt) for rows in groups for row in rows}
+
+
+def near_prompts(keys: Iterable[str], held_out: Iterable[str], threshold: float = NEAR) -> set[str]:
+    """Those of the prompt keys that are near copies of a held-out key; equal keys are none.
+
+    Args:
+        keys, held_out: as `prompt_key` makes them.
+        threshold: smallest Jaccard index of a near copy, above 0.
+    """
+    held_out = set(held_out)
+    theirs = [_runs(key) for key in held_out]
+    seen = Counter(run for runs in theirs for run in runs)
+    # runs that no held-out prompt has come first in the order of all; they need no number
+    rank = {run: i for i, (run, _) in enumerate(sorted(seen.items(), key=lambda item: (item[1], item[0])))}
+
+    def prefix(runs: frozenset[Run]) -> list[int]:
+        # the small number keeps products like 0.6 * 5, a little above 3, from being rounded up
+        length = len(runs) - math.ceil(threshold * len(runs) - _EPSILON) + 1
+        known = [rank[run] for run in runs if run in rank]
+        length -= len(runs) - len(known)
+        return sorted(known)[:length] if length > 0 else []
+
+    index: dict[int, list[frozenset[Run]]] = {}
+    for runs in theirs:
+        for number in prefix(runs):
+            index.setdefault(number, []).append(runs)
+    found = set()
+    for key in set(keys) - held_out:
+        runs = _runs(key)
+        others = (other for number in prefix(runs) for other in index.get(number, ()))
+        if any(_are_near(runs, other, threshold) for other in others):
+            found.add(key)
+    return found
+
+
+Run = tuple[str, ...]
+_EPSILON = 1e-9
+
+
+def _runs(key: str) -> frozenset[Run]:
+    words = key.split()[-_NEAR_WORDS:]
+    return frozenset(zip(words, words[1:], words[2:], strict=False)) if len(words) > 2 else frozenset([tuple(words)])
+
+
+def _are_near(one: frozenset[Run], other: frozenset[Run], threshold: float) -> bool:
+    if min(len(one), len(other)) < threshold * max(len(one), len(other)) - _EPSILON:
+        return False
+    common = len(one & other)
+    return common >= threshold * (len(one) + len(other) - common) - _EPSILON
