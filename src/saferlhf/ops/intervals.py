@@ -6,8 +6,8 @@ percentile interval of the statistic over the draws (Efron and Tibshirani 1993, 
 
 Everything that is a function of sums over rows (means, ratios, accuracies, F1, kappa, Pearson) needs only the K
 cluster sums: one draw is a row of multinomial counts, and all draws are one matrix product (draws, K) @ (K, m), done
-in blocks so that memory stays bounded. Statistics that are no function of sums (AUROC) go through
-`bootstrap_statistic`.
+in blocks so that memory stays bounded. Statistics that are no function of sums (AUROC) take the row weights of a block
+of draws at once (`resampled_statistics`).
 
 When every cluster says the same (all right, or all wrong), the bootstrap has no spread and would claim certainty;
 `bootstrap_ratios(..., proportion=True)` then gives the Wilson interval for K independent clusters.
@@ -15,7 +15,7 @@ When every cluster says the same (all right, or all wrong), the bootstrap has no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from math import sqrt
 from statistics import NormalDist
 from typing import NamedTuple
@@ -29,6 +29,7 @@ Codes = NDArray[np.int64]
 DRAWS = 10_000
 CONFIDENCE = 0.95
 _BLOCK_ELEMENTS = 4_000_000  # numbers held at once: 32 MB of float64
+_WEIGHT_ELEMENTS = 150_000  # row weights handed to a statistic at once: what it makes of them stays in the cache
 
 
 class Interval(NamedTuple):
@@ -69,7 +70,7 @@ def cluster_codes(keys: Sequence[Hashable]) -> Codes:
     return np.fromiter((position[key] for key in keys), dtype=np.int64, count=len(keys))
 
 
-def _draw_counts(clusters: int, draws: int, seed: int):  # type: ignore[no-untyped-def]
+def _draw_counts(clusters: int, draws: int, seed: int) -> Iterator[Codes]:
     """Yields blocks (block, K) of how often each cluster is taken in each draw; every row sums to K."""
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK_ELEMENTS // clusters)
@@ -184,6 +185,36 @@ def bootstrap_mean(
     return interval
 
 
+def resampled_statistics(
+    statistics: Callable[[Floats], Mapping[str, Floats]],
+    clusters: Codes,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, Floats]:
+    """Values of statistics of row weights under resampling of clusters, for those that are no function of sums.
+
+    Args:
+        statistics: from weights (b, n), row i taken weights[:, i] times, to names with values (b,), NaN where
+            undefined; all b draws of a block at once.
+        clusters: (n,) codes from `cluster_codes`.
+        draws, seed: as `resampled_sums`; the same seed gives the same clusters.
+
+    Returns:
+        name -> (draws,).
+    """
+    if not len(clusters):
+        return {}
+    rows = max(1, _WEIGHT_ELEMENTS // len(clusters))
+    samples: dict[str, list[Floats]] = {}
+    for counts in _draw_counts(int(clusters.max()) + 1, draws, seed):
+        for start in range(0, len(counts), rows):
+            weights = counts[start : start + rows][:, clusters].astype(np.float64)  # (b, n)
+            for name, values in statistics(weights).items():
+                samples.setdefault(name, []).append(values)
+    return {name: np.concatenate(parts) for name, parts in samples.items()}
+
+
 def bootstrap_statistic(
     statistic: Callable[[Floats], float | None],
     clusters: Codes,
@@ -192,7 +223,7 @@ def bootstrap_statistic(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Interval | None:
-    """Interval of any statistic of row weights, for those that are no function of sums.
+    """Interval of one statistic of row weights that is not vectorised.
 
     Args:
         statistic: from weights (n,), row i taken weights[i] times, to its value, or None where undefined.
@@ -203,13 +234,12 @@ def bootstrap_statistic(
     """
     if not len(clusters) or int(clusters.max()) < 1:
         return None
-    sample = np.empty(draws)
-    position = 0
-    for counts in _draw_counts(int(clusters.max()) + 1, draws, seed):
-        for row in counts:
-            value = statistic(row[clusters].astype(np.float64))
-            sample[position] = np.nan if value is None else value
-            position += 1
+
+    def of_block(weights: Floats) -> dict[str, Floats]:
+        values = [statistic(row) for row in weights]
+        return {"": np.array([np.nan if value is None else value for value in values], dtype=np.float64)}
+
+    sample = resampled_statistics(of_block, clusters, draws=draws, seed=seed)[""]
     return percentile_interval(sample, confidence)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 POOLINGS = ("last", "mean")
+SPANS = ("all", "prompt", "response", "both")
+"""Which tokens are pooled; `both` is prompt and response, one after the other."""
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -68,3 +70,27 @@ def pool(hidden: Tensor, mask: Tensor, how: str = "last") -> Tensor:
         total = wide.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1)  # (S, H)
         return total / mask.sum(dim=-1, keepdim=True).clamp_min(1)
     raise ValueError(f"unknown pooling {how!r}; one of {', '.join(POOLINGS)}")
+
+
+def span_masks(attention_mask: Tensor, response_mask: Tensor | None, span: str) -> list[Tensor]:
+    """The masks to pool over: one, or for `both` the prompt's and the response's.
+
+    Args:
+        attention_mask: (S, T) bool or int, True = real token.
+        response_mask: (S, T) bool or int, True at the response's tokens; may be None for `all`.
+        span: one of `SPANS`.
+
+    Returns:
+        One or two (S, T) bool masks, True = token that counts.
+    """
+    real = attention_mask.bool()
+    if span == "all":
+        return [real]
+    if response_mask is None:
+        raise ValueError(f"span {span!r} needs the response mask")
+    response = real & response_mask.bool()
+    prompt = real & ~response_mask.bool()
+    masks = {"prompt": [prompt], "response": [response], "both": [prompt, response]}
+    if span not in masks:
+        raise ValueError(f"unknown span {span!r}; one of {', '.join(SPANS)}")
+    return masks[span]
