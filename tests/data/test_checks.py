@@ -152,7 +152,7 @@ def bad_value(kind: str, place: str, before: int, row: Row | None = None) -> Bad
 def test_bad_records_are_counted_under_their_kind(make_pair: Pair) -> None:
     check = checker()
     kinds = ["non_text", "bad_label", "non_text", "severity_range"]
-    bad = [bad_value(kind, f"/home/me/a.jsonl:{i}", 0) for i, kind in enumerate(kinds, start=1)]
+    bad = [bad_value(kind, f"folder/a.jsonl:{i}", 0) for i, kind in enumerate(kinds, start=1)]
     assert check.rows([make_pair()], "train", bad=bad) == [make_pair()]
     found = {kind: f["train"].found for kind, f in check.report.findings.items()}
     assert found == {"non_text": 2, "bad_label": 1, "severity_range": 1}
