@@ -8,7 +8,8 @@ the same: it has its own state, takes real signals and leaves a real exit code. 
     {"signal": 9, "at": "train_batch_start", "step": 7}
 
 `at` is `train_batch_start` or `train_batch_end` (step = optimizer steps done), `validation` (between two batches),
-`saving` (half of the file is written), `saved` (just renamed), `fitted`, `evaluated`, `exported` (each stage done).
+`saving` (half of the file is written), `saved` (just renamed), `features` (step = rows of features done), `fitted`,
+`evaluated`, `exported` (each stage done).
 """
 
 from __future__ import annotations
@@ -137,6 +138,17 @@ def _arm(die: dict[str, Any]) -> None:
         after(stages, "evaluate_run")
     elif at == "exported":
         after(stages, "export_run")
+    elif at == "features":
+        from saferlhf.training.feature_progress import FeatureProgress
+
+        show = FeatureProgress.__call__
+
+        def shown(self: Any, now: Any) -> None:
+            show(self, now)
+            if now.rows >= die["step"]:
+                strike()
+
+        FeatureProgress.__call__ = shown  # type: ignore[method-assign]
     elif at in ("saving", "saved"):
         from saferlhf.training import checkpoint
 

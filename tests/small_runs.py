@@ -24,6 +24,7 @@ from saferlhf.config.validate import train_config
 from saferlhf.run.prepare import checked, locate_run
 
 TASKS = ("sft", "reward", "cost")
+ALL_TASKS = (*TASKS, "moderator")
 
 # 20 rows in batches of 8: an epoch ends in the middle of a step, and at the end of every fifth
 SMALL = [
@@ -85,10 +86,11 @@ def prepared(overrides: list[str]) -> Any:
 
 def make_cheap(replace: Callable[[Any, str, Any], None] = setattr) -> None:
     """Leave out of a run what takes most of a small one's time: the report's drawings, and most damaged replies."""
-    from saferlhf.evaluation import plots
+    from saferlhf.evaluation import moderation_plots, plots
     from saferlhf.run import measure
 
-    replace(plots, "_svg", lambda figure, title: f'<svg aria-label="{title}"/>')
+    for module in (plots, moderation_plots):
+        replace(module, "to_svg", lambda figure, title: f'<svg aria-label="{title}"/>')
     replace(measure, "DAMAGED_PROMPTS", 5)
 
 

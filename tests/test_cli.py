@@ -240,7 +240,7 @@ def test_help_is_useful(command: str) -> None:
     assert max(map(len, text.splitlines())) <= 120
     commands = examples(text, command)
     assert len(commands) >= 5
-    for group in ("trainer: cpu, default, gpu", "data: jsonl, toyworld", "tracking: mlflow, none"):
+    for group in ("trainer: cpu, default, gpu", "data: beavertails, ", "tracking: mlflow, none"):
         assert group in text
     assert "docs/configuration.md" in text
     assert "{" not in text and "$" not in text, "nothing is left unfilled"
@@ -315,7 +315,8 @@ def test_rows_of_ones_own_that_will_not_do(own_rows: Any) -> None:
         ("", [R], "no rows"),
         (lines({"question": "a", "good": "b", "bad": "c"}), [R], "column"),
         (lines(GOOD) + "{broken\n", [R], "rows.jsonl:2"),
-        (lines(GOOD, {**GOOD, "chosen": 3}), [R], "rows.jsonl:2"),
+        (lines(GOOD, {**GOOD, "chosen": 3}), [R, "data.policy.non_text=error"], "rows.jsonl:2"),
+        (lines({**GOOD, "chosen": 3}), [R], "rows.jsonl:1"),
         # preferences alone do not say what is safe
         (lines(GOOD), ["task=cost"], "needs"),
         (lines(GOOD), [R, "data.columns={prompt: question}"], "question"),

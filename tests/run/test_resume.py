@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import (
+    ALL_TASKS,
     STEPS,
     TASKS,
     RunServer,
@@ -67,7 +68,7 @@ def killed_and_resumed(
     return only_run(outputs)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_killed_in_the_middle_of_an_epoch(
     task: str, server: RunServer, uninterrupted: Reference, tmp_path: Path
 ) -> None:

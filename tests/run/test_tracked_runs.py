@@ -50,6 +50,9 @@ def test_a_killed_run_is_continued(tracked: Tracked) -> None:
     assert ended.code == -KILL, ended.output
     first = tracked.found("killed")
     assert first.info.status == "RUNNING"
+    # what it was fed is known from the start
+    artifacts = {a.path for a in tracked.client().list_artifacts(first.info.run_id)}
+    assert "data_report.json" in artifacts
     ended = tracked.run("killed", "task=reward")
     assert ended.code == 0, ended.output
     run, folder, client = tracked.found("killed"), tracked.folder("killed"), tracked.client()

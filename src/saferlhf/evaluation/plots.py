@@ -1,39 +1,24 @@
 """Plots of a report as inline SVG: training curves and score histograms.
 
-The drawings take their colours from the page (`currentColor` and CSS variables), so one drawing is readable on light
-and on dark ground. matplotlib is imported on first use only; no display, and equal input gives equal bytes.
+One drawing is readable on light and on dark ground (`drawing.py`).
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from saferlhf.data.rows import PreferencePair
+from saferlhf.evaluation.drawing import DASHES, INK, SERIES, legend, panel, to_svg
 from saferlhf.evaluation.preference import Kind, preferred_labels, unsafe_labels
 
 Curve = Sequence[tuple[int, float]]
 """(step, value) in order of steps."""
 
-# matplotlib draws in these marker colours; the page's own take their place in the SVG text
-_INK, _GRID = "#010101", "#020202"
-_SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04")
-_PAGE_COLOURS = {
-    _INK: "currentColor",
-    _GRID: "var(--line, #d0d0d0)",
-    _SERIES[0]: "var(--series-1, #0072b2)",
-    _SERIES[1]: "var(--series-2, #d55e00)",
-    _SERIES[2]: "var(--series-3, #009e73)",
-    _SERIES[3]: "var(--series-4, #aa4499)",
-}
-_DASHES = ("-", "--", "-.", ":")
 _MOST_POINTS = 600
 _SMOOTH_FROM = 60  # curves with more points also get a running mean
 
@@ -89,34 +74,34 @@ def histogram_svg(histogram: Histogram) -> str:
     """One panel: outlined, half-filled histograms with common bins, as shares of each group."""
     groups = {label: _finite(values) for label, values in histogram.groups.items()}
     groups = {label: values for label, values in groups.items() if values.size}
-    figure, axes = _panel()
+    figure, axes = panel()
     if groups:
         bins = _bins(np.concatenate(list(groups.values())), histogram.zero_line)
         for place, (label, values) in enumerate(groups.items()):
             weights = np.full(values.size, 100.0 / values.size)
-            style = {"bins": bins, "weights": weights, "color": _SERIES[place % len(_SERIES)]}
+            style = {"bins": bins, "weights": weights, "color": SERIES[place % len(SERIES)]}
             clipped = np.clip(values, bins[0], bins[-1])
             axes.hist(clipped, histtype="stepfilled", alpha=0.28, **style)
-            line = _DASHES[place % len(_DASHES)]
+            line = DASHES[place % len(DASHES)]
             axes.hist(
                 clipped, histtype="step", linewidth=1.4, linestyle=line, label=f"{label} ({values.size:,})", **style
             )
     if histogram.zero_line:
-        axes.axvline(0.0, color=_INK, linewidth=1.2)
+        axes.axvline(0.0, color=INK, linewidth=1.2)
     axes.set_xlabel(histogram.quantity)
     axes.set_ylabel("% of group")
     axes.margins(y=0.22)  # room for the legend
-    _legend(axes)
-    return _svg(figure, histogram.title)
+    legend(axes)
+    return to_svg(figure, histogram.title)
 
 
 def curves_svg(title: str, series: Mapping[str, Curve]) -> str:
     """One panel with up to four curves over steps; long noisy ones are faint with a running mean on top."""
-    figure, axes = _panel()
+    figure, axes = panel()
     for place, (label, curve) in enumerate(series.items()):
         points = np.asarray(list(curve), dtype=np.float64).reshape(-1, 2)
         points = points[np.isfinite(points).all(axis=1)]
-        colour, dash = _SERIES[place % len(_SERIES)], _DASHES[place % len(_DASHES)]
+        colour, dash = SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
         style: dict[str, Any] = {"color": colour, "label": label}
         if len(points) > _SMOOTH_FROM and title != "lr":
             shown = _thin(points)
@@ -128,8 +113,8 @@ def curves_svg(title: str, series: Mapping[str, Curve]) -> str:
                 style |= {"marker": "o", "markersize": 3.5}
         axes.plot(shown[:, 0], shown[:, 1], linewidth=1.6, linestyle=dash, **style)
     axes.set_xlabel("optimizer step")
-    _legend(axes, always=True)
-    return _svg(figure, title)
+    legend(axes, always=True)
+    return to_svg(figure, title)
 
 
 def curve_panels(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
@@ -144,50 +129,6 @@ def curve_panels(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-def _panel() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_facecolor("none")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_GRID)
-    axes.tick_params(colors=_INK, labelcolor=_INK, color=_GRID)
-    axes.grid(axis="y", color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    return figure, axes
-
-
-def _legend(axes: Any, always: bool = False) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if handles and (always or len(handles) > 1):
-        axes.legend(handles, labels, frameon=False, labelcolor=_INK, fontsize=9)
-
-
-def _svg(figure: Any, title: str) -> str:
-    """The drawing as an <svg> element for the page: its own ids, the page's colours, a text for screen readers."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    # the salt makes ids reproducible, and different for each panel of one page
-    with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for marker, colour in _PAGE_COLOURS.items():
-        text = text.replace(marker, colour)
-    # the page sets the size; the namespaces and metadata are for stand-alone files
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
-    # groups are named the same in every drawing, and nothing refers to them: ids must be unique in a page
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(title, quote=True)}"', 1)
-
-
 def _bins(values: NDArray[np.float64], zero_is_edge: bool) -> NDArray[np.float64]:
     """About 40 common bins. Far outliers must not press all others into one bin: they go into the outermost."""
     low, high = (float(bound) for bound in np.quantile(values, [0.001, 0.999]))

@@ -21,6 +21,7 @@ from saferlhf.errors import UserError
 from saferlhf.evaluation.sheet import MetricSheet
 from saferlhf.ops import metrics
 from saferlhf.ops.intervals import CONFIDENCE, DRAWS
+from saferlhf.ops.moderation_metrics import ranking
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -96,8 +97,10 @@ def _sign_metrics(sheet: MetricSheet, rows: Sequence[PreferencePair], costs: Flo
     sheet.share("fnr", costs <= 0, unsafe == 1)
     known = unsafe >= 0
     if known.any():
-        by_weight = metrics.weighted_auroc(costs[known], unsafe[known])
-        sheet.statistic("auroc", lambda weights: by_weight(np.repeat(weights, 2)[known.ravel()]), n=int(known.sum()))
+        by_weight = ranking(costs.ravel(), unsafe.ravel())
+        sheet.of_weights(
+            lambda weights: {"auroc": by_weight(np.repeat(weights, 2, axis=1))["auroc"]}, n=int(known.sum())
+        )
     sheet.mean("score_mean_safe", costs, unsafe == 0)
     sheet.mean("score_mean_unsafe", costs, unsafe == 1)
     graded = severity >= 0

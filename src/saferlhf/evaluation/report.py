@@ -14,8 +14,17 @@ from typing import Any
 
 import yaml
 
+from saferlhf.evaluation.data_section import DATA_STYLE, data_section
 from saferlhf.evaluation.plots import Curve, Histogram, curve_panels, curves_svg, histogram_svg
-from saferlhf.evaluation.table import MetricLine, format_interval, format_value, headline_lines, metric_lines
+from saferlhf.evaluation.table import (
+    MetricLine,
+    baseline_columns,
+    format_baseline,
+    format_interval,
+    format_value,
+    headline_lines,
+    metric_lines,
+)
 
 
 def write_report(
@@ -27,7 +36,7 @@ def write_report(
     subtitle: str = "",
     data_report: Mapping[str, Any] | None = None,
     curves: Mapping[str, Curve] | None = None,
-    histograms: Sequence[Histogram] = (),
+    histograms: Sequence[Histogram | str] = (),
     lineage: Mapping[str, Any] | None = None,
     commands: Sequence[str] = (),
     confidence: float = 0.95,
@@ -42,7 +51,8 @@ def write_report(
         subtitle: one line under the title.
         data_report: as in `data_report.json`, nested.
         curves: name -> [(step, value)]; names that end alike share a panel.
-        histograms: `plots.score_histograms(...)` or any others.
+        histograms: `plots.score_histograms(...)` or any others; a text is a finished drawing, as
+            `moderation_plots.moderation_drawings(...)` makes them.
         lineage: where the run comes from: run identity, parent models, commit, seeds, versions.
         commands: what to type to get this run again, one command each.
         confidence: what the intervals in `metrics` were taken at.
@@ -50,9 +60,9 @@ def write_report(
     sections = [
         _verdict(metrics, confidence),
         _figures("Training", [curves_svg(name, series) for name, series in curve_panels(curves or {}).items()]),
-        _figures("Scores on the test split", [histogram_svg(histogram) for histogram in histograms]),
+        _figures("Scores", [h if isinstance(h, str) else histogram_svg(h) for h in histograms]),
         _metric_section(metrics, confidence),
-        _pairs_section("Data", data_report),
+        data_section(data_report) if data_report and "findings" in data_report else _pairs_section("Data", data_report),
         _pairs_section("Lineage", lineage),
         _commands_section(commands),
         _config_section(config),
@@ -60,7 +70,7 @@ def write_report(
     page = _PAGE.format(
         title=escape(title),
         subtitle=f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else "",
-        style=_STYLE,
+        style=_STYLE + DATA_STYLE,
         body="\n".join(section for section in sections if section),
     )
     target = Path(path)
@@ -84,10 +94,14 @@ def _card(line: MetricLine) -> str:
     interval = format_interval(line)
     count = f"n = {line.n:,}" if line.n is not None else ""
     detail = " · ".join(part for part in (interval, count) if part)
+    baselines = baseline_columns([line]).items()
+    beside = " · ".join(f"{name}\u00a0{format_baseline(line, key)}" for key, name in baselines)
     return (
         f'<div class="card"><div class="name">{escape(line.name)}</div>'
         f'<div class="value">{format_value(line)}</div>{_interval_bar(line)}'
-        f'<div class="detail">{escape(detail)}</div></div>'
+        f'<div class="detail">{escape(detail)}</div>'
+        + (f'<div class="detail">{escape(beside)}</div>' if beside else "")
+        + "</div>"
     )
 
 
@@ -117,13 +131,18 @@ def _caption(svg: str) -> str:
 def _metric_section(metrics: Mapping[str, float], confidence: float) -> str:
     if not metrics:
         return ""
+    lines = metric_lines(metrics)
+    baselines = baseline_columns(lines)
     rows = "".join(
         f"<tr><td>{escape(line.name)}</td><td class=number>{format_value(line)}</td>"
         f"<td class=number>{format_interval(line)}</td>"
-        f"<td class=number>{'' if line.n is None else f'{line.n:,}'}</td></tr>"
-        for line in metric_lines(metrics)
+        f"<td class=number>{'' if line.n is None else f'{line.n:,}'}</td>"
+        + "".join(f"<td class=number>{format_baseline(line, name)}</td>" for name in baselines)
+        + "</tr>"
+        for line in lines
     )
-    head = f"<tr><th>metric</th><th>value</th><th>{confidence:.0%} interval</th><th>n</th></tr>"
+    head = f"<tr><th>metric</th><th>value</th><th>{confidence:.0%} interval</th><th>n</th>"
+    head += "".join(f"<th class=number>{escape(name)}</th>" for name in baselines.values()) + "</tr>"
     return f"<section><h2>All metrics</h2>{_table(head, rows)}</section>"
 
 

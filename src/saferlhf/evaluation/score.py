@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from saferlhf.data.batches import PairBatch
+from saferlhf.data.batches import tokens_of
 from saferlhf.data.encode import EncodedAnswers, EncodedPairs
 from saferlhf.data.loader import EvalLoader
 
@@ -42,7 +42,7 @@ def score_rows(
         loader: EvalLoader[Any] = EvalLoader(data, batch_size=batch_size)
         for item in loader:
             batch = item.batch.to(device)
-            tokens = batch.tokens if isinstance(batch, PairBatch) else batch
+            tokens = tokens_of(batch)
             flat = model(tokens.input_ids, tokens.attention_mask)[head].squeeze(-1).float().cpu().numpy()  # (S,)
             scores[item.indices] = flat.reshape(2, -1).T if pairs else flat
     return scores

@@ -1,7 +1,8 @@
 """A sheet of metrics: values and shares go in by name, the flat dictionary of `metrics.json` comes out.
 
-Every share or mean is a ratio of two sums over rows, so all of them get their bootstrap interval from one set of draws,
-with the prompts as clusters. A metric without a value on these rows is left out: `metrics.json` holds numbers only.
+All intervals are bootstrap intervals with the prompts as clusters, from one set of draws: shares, means and whatever
+else is a function of sums over rows by resampled sums, rank statistics by row weights. A metric without a value on
+these rows is left out: `metrics.json` holds numbers only.
 
 Beside `<name>` stand `<name>_low`, `<name>_high` (the interval) and `<name>_n` (how many pairs, responses or rows it
 counts).
@@ -9,14 +10,41 @@ counts).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from saferlhf.ops.intervals import CONFIDENCE, DRAWS, Interval, bootstrap_ratios, bootstrap_statistic, cluster_codes
+from saferlhf.ops.intervals import (
+    CONFIDENCE,
+    DRAWS,
+    Interval,
+    bootstrap_ratios,
+    bootstrap_statistic,
+    cluster_codes,
+    percentile_interval,
+    resampled_statistics,
+    resampled_sums,
+    wilson,
+)
 
 Floats = NDArray[np.float64]
+Counted = Mapping[str, NDArray[np.bool_]]
+"""Name of a metric -> (n,) or (n, k) bool: the things it counts."""
+
+Functions = Callable[[Floats], Mapping[str, Floats]]
+"""From (b, m) to names with values (b,), NaN where undefined."""
+
+
+@dataclass
+class _OfSums:
+    """Metrics that are functions of sums over rows, waiting for the draws."""
+
+    columns: Floats  # (n, m)
+    functions: Functions
+    values: dict[str, float]
+    present: dict[str, int] = field(default_factory=dict)  # of shares: clusters with something to count
 
 
 class MetricSheet:
@@ -46,6 +74,7 @@ class MetricSheet:
         self._intervals: dict[str, Interval | None] = {}
         self._counts: dict[str, int] = {}
         self._ratios: dict[str, tuple[Floats, Floats, bool]] = {}
+        self._of_sums: list[_OfSums] = []
 
     def value(self, name: str, value: float | None) -> None:
         """A plain number; None is left out."""
@@ -59,6 +88,46 @@ class MetricSheet:
             self._intervals[name] = bootstrap_statistic(
                 statistic, self.clusters, draws=self.draws, confidence=self.confidence, seed=self.seed
             )
+
+    def of_sums(
+        self,
+        columns: ArrayLike,
+        functions: Functions,
+        counted: Counted | None = None,
+        shares: Collection[str] = (),
+    ) -> None:
+        """Metrics that are functions of sums over rows.
+
+        Args:
+            columns: (n, m) each row's contributions.
+            functions: from sums (b, m) to values (b,) by name.
+            counted: name -> what it counts, for `_n`.
+            shares: names of proportions; one that is 0 or 1 gets the Wilson interval over the prompts it counts.
+        """
+        table = np.asarray(columns, np.float64)
+        found = functions(table.sum(axis=0, keepdims=True))
+        entry = _OfSums(table, functions, {name: float(value[0]) for name, value in found.items()})
+        for name, value in entry.values.items():
+            self._values[name] = None if np.isnan(value) else value
+        for name, mask in (counted or {}).items():
+            if name in entry.values:
+                self._counts[name] = int(mask.sum())
+                if name in shares:
+                    rows = mask.reshape(len(mask), -1).any(axis=1)
+                    entry.present[name] = len(np.unique(self.clusters[rows]))
+        self._of_sums.append(entry)
+
+    def of_weights(self, functions: Functions, n: int) -> None:
+        """Metrics that are functions of row weights (b, n) and of no sums, as AUROC; `n` is what they count."""
+        rows = len(self.clusters)
+        found = {name: float(value[0]) for name, value in functions(np.ones((1, rows))).items()}
+        for name, value in found.items():
+            self._values[name] = None if np.isnan(value) else value
+            self._counts[name] = n
+        if self.draws and rows and int(self.clusters.max()) >= 1 and not all(map(np.isnan, found.values())):
+            samples = resampled_statistics(functions, self.clusters, draws=self.draws, seed=self.seed)
+            for name, sample in samples.items():
+                self._intervals[name] = percentile_interval(sample, self.confidence)
 
     def share(self, name: str, credit: ArrayLike, where: ArrayLike | None = None) -> None:
         """The mean of values in [0, 1].
@@ -94,6 +163,7 @@ class MetricSheet:
     def metrics(self) -> dict[str, float]:
         """All metrics under their full names, intervals and counts beside them."""
         self._bootstrap_ratios()
+        self._bootstrap_sums()
         flat: dict[str, float] = {}
         for name, value in self._values.items():
             if value is None:
@@ -122,3 +192,21 @@ class MetricSheet:
                 proportion=proportion,
             )
             self._intervals.update(zip(chosen, intervals, strict=True))
+
+    def _bootstrap_sums(self) -> None:
+        if not self._of_sums or not self.draws or not len(self.clusters) or int(self.clusters.max()) < 1:
+            return
+        table = np.concatenate([entry.columns for entry in self._of_sums], axis=1)
+        sums = resampled_sums(table, self.clusters, draws=self.draws, seed=self.seed)  # (draws, all columns)
+        parts = np.split(sums, np.cumsum([entry.columns.shape[1] for entry in self._of_sums])[:-1], axis=1)
+        for entry, part in zip(self._of_sums, parts, strict=True):
+            for name, sample in entry.functions(part).items():
+                self._intervals[name] = self._interval(sample, entry.values[name], entry.present.get(name))
+
+    def _interval(self, sample: Floats, value: float, present: int | None) -> Interval | None:
+        """Of one metric; a share that all its prompts agree on has no spread, and one prompt has none to show."""
+        if present is not None and present < 2:
+            return None
+        if present is not None and value in (0.0, 1.0):
+            return wilson(value * present, present, self.confidence)
+        return percentile_interval(sample, self.confidence)

@@ -229,7 +229,7 @@ def _from_export(
         raise UserError(
             f"a {metadata.kind} export has no language-model head", str(folder), "start from a run of task=sft"
         )
-    if metadata.weights != "adapter":
+    if metadata.weights not in ("adapter", "base"):
         return load_pretrained(str(folder), cfg, quantization, lm_head=lm_head, device=device)
     from saferlhf.models.export import load_export
     from saferlhf.models.merge import merged_model

@@ -18,6 +18,9 @@ INTENDED_USE = {
     " optimised against the model can fool it.",
     "cost": "Judging whether a response is harmful: cost > 0 means unsafe. A research instrument, not the only"
     " safeguard of a product.",
+    "moderator": "Saying whether an answer is harmful, of which harm categories, and how severe (0 safe, 1 minor, 2"
+    " moderate, 3 severe). Trained on one annotation scheme; what it was not shown it may miss. A research instrument,"
+    " not the only safeguard of a product.",
 }
 
 
@@ -25,7 +28,7 @@ def model_card(
     metadata: ExportMetadata,
     *,
     name: str,
-    data_report: Mapping[str, Any] | None = None,
+    data_report: Mapping[str, Any] | str | None = None,
     metrics: Mapping[str, float] | None = None,
     config: str | None = None,
     data_licence: str | None = None,
@@ -36,7 +39,7 @@ def model_card(
     Args:
         metadata: as `save_export` completes it (an incomplete one gives an incomplete card).
         name: of the model or run.
-        data_report: counts, revision, policies; nested mappings become indented lists.
+        data_report: what the data were, as Markdown; nested mappings become indented lists.
         metrics: flat metric names; `x_low` and `x_high` become the interval of `x`.
         config: excerpt of the resolved configuration, YAML.
         data_licence: licence of the training data; None: not known, and the card says so.
@@ -49,11 +52,14 @@ def model_card(
     lines += ["```python", "from saferlhf.models.export import load_export", ""]
     lines += ['loaded = load_export("this folder")  # loaded.model, loaded.tokenizer, loaded.heads', "```", ""]
     lines += ["## Model", "", *_facts(metadata), ""]
+    if metadata.calibration is not None:
+        lines += ["## Calibration", "", *_calibration(metadata.calibration, metadata), ""]
     lines += ["## Metrics", "", *([protocol, ""] if protocol else []), *_metric_table(metrics or {}), ""]
     lines += ["## Data", "", f"Licence of the training data: {data_licence or 'not stated by its source'}.", ""]
     if data_licence and "nc" in data_licence.lower().replace("-", " ").split():
         lines += ["The data's licence excludes commercial use; ask a lawyer what follows for models trained on it.", ""]
-    lines += [*(_nested(data_report) if data_report else ["No data report."]), ""]
+    report = [data_report] if isinstance(data_report, str) else _nested(data_report or {})
+    lines += [*(report or ["No data report."]), ""]
     lines += ["## Lineage", "", *_lineage(metadata.lineage), ""]
     if config:
         lines += ["## Configuration", "", "```yaml", config.rstrip(), "```", ""]
@@ -80,6 +86,31 @@ def _facts(metadata: ExportMetadata) -> list[str]:
             "- The adapter was merged into unpacked 4-bit weights; scores differ from the trained model's by the"
             f" rounding of {(metadata.quantization or {}).get('compute_dtype')} products."
         )
+    return lines
+
+
+def _calibration(calibration: Mapping[str, Any], metadata: ExportMetadata) -> list[str]:
+    """Thresholds and temperatures of a moderator, or that there are none of its own."""
+    what = "prompts alone" if metadata.input == "prompt" else "prompts with responses"
+    if not calibration["rows"]:
+        lines = [
+            "**Not calibrated**: there were no held-out rows to fit on, so all temperatures are 1 and thresholds 0.5."
+        ]
+    else:
+        rows, source = calibration["rows"], calibration["fitted_on"]
+        objectives = ", ".join(f"{head}: {objective}" for head, objective in calibration["objectives"].items())
+        lines = [f"Fitted on {rows:,} rows ({source}), never on test rows. Thresholds maximise {objectives}."]
+    heads = [head for head in ("unsafe", "category", "severity") if head in metadata.heads]
+    temperatures = ", ".join(f"{head} {_number(calibration[f'temperature_{head}'])}" for head in heads)
+    second, third = calibration["thresholds_severity"]
+    lines += ["", f"- Reads: {what}", f"- Temperatures: {temperatures}"]
+    lines.append(f"- Unsafe from p = {_number(calibration['threshold_unsafe'])}")
+    if metadata.heads.get("severity"):
+        lines.append(f"- Given unsafe, severity 2 from p(2 or 3) = {_number(second)}, 3 from p(3) = {_number(third)}")
+    if calibration["categories"]:
+        names = zip(calibration["categories"], calibration["thresholds_category"], strict=True)
+        lines += ["", "| harm category | from p |", "|---|---|"]
+        lines += [f"| {name} | {_number(threshold)} |" for name, threshold in names]
     return lines
 
 

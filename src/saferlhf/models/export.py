@@ -1,7 +1,8 @@
 """Export: a trained model as a folder that stands on its own, and back again to equal scores.
 
     config.json, model.safetensors          the backbone (whole, or merged) ...
-    adapter_config.json, adapter_model...   ... or its LoRA adapter; base/ where the base can be had nowhere else
+    adapter_config.json, adapter_model...   ... or its LoRA adapter, or neither where only heads were trained; base/
+                                            where the base can be had nowhere else
     tokenizer.json, ...                     with the chat template
     heads.safetensors                       every head, weight and bias
     saferlhf.json                           what the files above do not say
@@ -42,7 +43,7 @@ from saferlhf.models.locator import Location, content_id_of, resolve
 from saferlhf.models.merge import merged_model
 from saferlhf.models.metadata import HEADS_FILE, ExportMetadata, read_metadata
 from saferlhf.models.quantization import is_quantized
-from saferlhf.models.score_model import ScoreModel, hidden_size
+from saferlhf.models.score_model import ScoreModel, feature_width, hidden_size
 from saferlhf.models.source import Source, gguf_source
 from saferlhf.models.tokenizer import load_tokenizer
 
@@ -77,6 +78,7 @@ def save_export(
     metadata: ExportMetadata,
     heads: nn.ModuleDict | None = None,
     merge: bool = False,
+    base_unchanged: bool = False,
     card: str | Callable[[ExportMetadata], str] | None = None,
 ) -> ExportMetadata:
     """Write an export folder in one step; an older one of that name is replaced.
@@ -90,6 +92,7 @@ def save_export(
         merge: write an adapter merged into its base, in the base's dtype. A 4-bit base is unpacked for it: the result
             is no longer 4-bit, and its scores equal the trained model's only up to the dtype that multiplied
             (`quantization.compute_dtype`); the metadata says so.
+        base_unchanged: only the heads were trained: the base is named, not written (unless it can be had nowhere else).
         card: text of README.md, or what makes it from the completed metadata.
 
     Returns:
@@ -98,9 +101,10 @@ def save_export(
     folder = Path(folder)
     if isinstance(model, ScoreModel):
         heads = model.heads if heads is None else heads
-        metadata = replace(metadata, pooling=model.pooling)
+        layers = None if model.layers is None else list(model.layers)
+        metadata = replace(metadata, pooling=model.pooling, layers=layers, span=model.span)
         model = model.trunk
-    metadata = _described(metadata, model, heads, merge, folder)
+    metadata = _described(metadata, model, heads, merge, base_unchanged, folder)
     draft = folder.parent / f".{folder.name}.draft-{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -121,7 +125,12 @@ def save_export(
 
 
 def _described(
-    metadata: ExportMetadata, model: nn.Module, heads: nn.ModuleDict | None, merge: bool, folder: Path
+    metadata: ExportMetadata,
+    model: nn.Module,
+    heads: nn.ModuleDict | None,
+    merge: bool,
+    base_unchanged: bool,
+    folder: Path,
 ) -> ExportMetadata:
     """Fill in what the model itself knows."""
     provenance = provenance_of(model)
@@ -129,7 +138,9 @@ def _described(
     adapters = getattr(model, "peft_config", {})
     if len(adapters) > 1:
         raise ValueError(f"one adapter per export, not {sorted(adapters)}")
-    if packed and not adapters:
+    if base_unchanged and (adapters or not heads or any(p.requires_grad for p in model.parameters())):
+        raise ValueError("an unchanged base is frozen and exported with heads")
+    if packed and not adapters and not base_unchanged:
         raise UserError(
             "a 4-bit base without an adapter has nothing trained to export", "quantization=nf4", "adapter=lora"
         )
@@ -138,7 +149,7 @@ def _described(
     return replace(
         metadata,
         heads=head_widths(heads) if heads else {},
-        weights="merged" if merged else "adapter" if lora is not None else "full",
+        weights="base" if base_unchanged else "merged" if merged else "adapter" if lora is not None else "full",
         base=_base(provenance, folder),
         quantization=asdict(provenance.quantization) if packed else None,
         adapter=None
@@ -183,6 +194,10 @@ def _write_weights(draft: Path, model: Any, tokenizer: Any, metadata: ExportMeta
         _in_order(draft / "adapter_config.json")
         if metadata.base["kind"] == "embedded":
             _save_plain(_without_adapters(model), draft / BASE_FOLDER, tokenizer)
+        return
+    if metadata.weights == "base":
+        if metadata.base["kind"] == "embedded":
+            _save_plain(model, draft / BASE_FOLDER, tokenizer)
         return
     _save_plain(merged_model(model) if metadata.weights == "merged" else model, draft, tokenizer)
 
@@ -269,15 +284,17 @@ def load_export(
     cfg = replace(cfg, dtype=dtype or cfg.dtype, attention=attention or cfg.attention, gradient_checkpointing=False)
     # heads first: small, and what is wrong with them is known before gigabytes are read
     tensors = read_heads(folder, metadata.heads)
-    if metadata.weights == "adapter":
-        model = _adapted(folder, metadata, cfg, cache_dir, output_root, device)
+    if metadata.weights in ("adapter", "base"):
+        model = _on_its_base(folder, metadata, cfg, cache_dir, output_root, device)
     else:
         source = Source("export", content_id_of(location, output_root=output_root, cache_dir=cache_dir), location)
         model = load_backbone(cfg, source=source, lm_head=not metadata.heads, cache_dir=cache_dir)
     tokenizer = load_tokenizer(cfg, location=location)
     if metadata.heads:
-        heads = build_loaded_heads(tensors, metadata.heads, hidden_size(model), folder)
-        model = ScoreModel(model, heads, metadata.pooling or "last")
+        span = metadata.span or "all"
+        width = feature_width(hidden_size(model), metadata.layers, span)
+        heads = build_loaded_heads(tensors, metadata.heads, width, folder)
+        model = ScoreModel(model, heads, metadata.pooling or "last", layers=metadata.layers, span=span)
     return LoadedModel(_for_use(model, device), tokenizer, metadata, dict(metadata.heads), location)
 
 
@@ -301,7 +318,7 @@ def _plain_model(
     return model, tokenizer, ExportMetadata(kind="plain", base={"name": name, "revision": location.revision})
 
 
-def _adapted(
+def _on_its_base(
     folder: Path,
     metadata: ExportMetadata,
     cfg: BackboneConfig,
@@ -309,15 +326,13 @@ def _adapted(
     output_root: str | Path,
     device: torch.device | str | None,
 ) -> Any:
-    """The base, loaded the way it was for training, with the adapter on it."""
-    from peft import PeftModel
-
+    """The base, loaded the way it was for training, with the adapter on it if there is one."""
     source = _base_source(folder, metadata, cfg, cache_dir, output_root)
     if source.kind != "hub" and source.content_id != metadata.base["content_id"]:
         raise UserError(
-            f"the adapter was trained on base {metadata.base['content_id']}, but {source.content_id} was found",
+            f"the {_part(metadata)} trained on base {metadata.base['content_id']}, but {source.content_id} was found",
             str(folder),
-            "bring the base back, or export with adapter.merge_on_export=true",
+            _base_mend(metadata),
         )
     base = load_backbone(
         cfg,
@@ -328,6 +343,10 @@ def _adapted(
         output_root=output_root,
         device=device,
     )
+    if metadata.weights == "base":
+        return base
+    from peft import PeftModel
+
     with quiet_peft():
         return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
 
@@ -339,7 +358,7 @@ def _base_source(
     cache_dir: str | Path | None,
     output_root: str | Path,
 ) -> Source:
-    """Where the adapter's base is now."""
+    """Where the base of an adapter or of heads alone is now."""
     base = metadata.base
     if base["kind"] == "embedded":
         return Source("folder", base["content_id"], Location(BASE_FOLDER, "folder", folder=folder / BASE_FOLDER))
@@ -357,10 +376,19 @@ def _base_folder(folder: Path, metadata: ExportMetadata) -> str:
         if candidate.is_dir():
             return str(candidate.resolve())
     raise UserError(
-        f"the adapter's base is gone: {metadata.base['folder']}",
+        f"the {'adapter' if metadata.weights == 'adapter' else 'model'}'s base is gone: {metadata.base['folder']}",
         str(folder),
-        "bring the folder back, or export with adapter.merge_on_export=true",
+        _base_mend(metadata),
     )
+
+
+def _part(metadata: ExportMetadata) -> str:
+    return "adapter was" if metadata.weights == "adapter" else "heads were"
+
+
+def _base_mend(metadata: ExportMetadata) -> str:
+    other = "export with adapter.merge_on_export=true" if metadata.weights == "adapter" else "train the heads again"
+    return f"bring the base back, or {other}"
 
 
 def _stored_backbone(metadata: ExportMetadata) -> BackboneConfig:

@@ -27,13 +27,18 @@ class ExportMetadata:
     Attributes:
         kind: sft, reward, cost, ...; "plain" for a Hugging Face model that this project did not write.
         pooling: last | mean; None without heads.
+        layers: numbers of the hidden states that the heads read; None: the last one (`models/layers.py`).
+        span: all | prompt | response | both: the tokens that are pooled; None without heads.
         template: native | paper: the chat format the model was trained in.
         max_length: tokens of prompt + response.
         lineage: parents, oldest first: {"role", "locator", "content_id", ...}.
         thresholds: name -> value, for kinds that decide.
+        categories: harm categories, in the order of the category head; None without such a head.
+        calibration: a moderator's temperatures and thresholds (`ops/calibration.py`); None for other kinds.
+        input: prompt_and_response | prompt: what a moderator reads; None for other kinds.
         extra: anything else worth keeping (seed, data revision, run identity); plain JSON.
         heads: name -> number of scores.
-        weights: full | adapter | merged.
+        weights: full | adapter | merged | base (heads on a base that nothing was changed in, named as an adapter's is).
         base: what an adapter sits on, and how the base is loaded again; how the base was loaded otherwise.
         quantization: of the base as it was trained; with `weights: merged` the stored weights are no longer packed.
         adapter: LoRA's configuration, None without.
@@ -44,9 +49,14 @@ class ExportMetadata:
     kind: str
     template: str = "native"
     pooling: str | None = None
+    layers: list[int] | None = None
+    span: str | None = None
     max_length: int | None = None
     lineage: list[dict[str, Any]] = field(default_factory=list)
     thresholds: dict[str, float] = field(default_factory=dict)
+    categories: list[str] | None = None
+    calibration: dict[str, Any] | None = None
+    input: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     heads: dict[str, int] = field(default_factory=dict)
@@ -60,9 +70,14 @@ class ExportMetadata:
 
     def identity(self) -> str:
         """The part that changes what the model computes, as text; the base enters by its content."""
-        parts = [self.kind, self.template, self.pooling, self.heads, self.weights, self.quantization, self.thresholds]
-        if self.weights == "adapter":
+        parts: list[Any] = [self.kind, self.template, self.pooling, self.heads, self.weights, self.quantization]
+        parts.append(self.thresholds)
+        if self.weights in ("adapter", "base"):
             parts.append(self.base.get("content_id"))
+        if self.layers is not None or self.span not in (None, "all"):  # left out where exports never had them
+            parts.append([self.layers, self.span])
+        if self.calibration is not None:
+            parts.append([self.categories, self.calibration, self.input])
         return json.dumps(parts, sort_keys=True)
 
     def write(self, folder: Path) -> None:

@@ -10,7 +10,8 @@ import yaml
 
 from saferlhf import __version__
 from saferlhf.config.files import write_json, write_text
-from saferlhf.config.schema import TrainConfig
+from saferlhf.config.schema import ModerationConfig, ProbeConfig, TrainConfig
+from saferlhf.data.report_tables import data_markdown
 from saferlhf.evaluation.report import write_report
 from saferlhf.models.card import model_card
 from saferlhf.models.export import save_export
@@ -27,10 +28,11 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
     data_report = prepared.rows.report.to_dict()
     lineage = _lineage(prepared)
     metadata = ExportMetadata(
-        kind=config.task.name,
+        kind="moderator" if isinstance(config.task, ModerationConfig) else config.task.name,
         template=config.backbone.template,
         max_length=config.backbone.max_length,
         lineage=lineage,
+        **_moderation(prepared, evaluation),
         extra={
             "run": f"{config.name}/{folder.path.name}",
             "identity": prepared.run.hash,
@@ -47,7 +49,7 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
             completed,
             name=f"{config.name}/{folder.path.name}",
             metrics=evaluation.metrics,
-            data_report=data_report,
+            data_report=data_markdown(data_report),
             config=yaml.safe_dump(asdict(config), sort_keys=False),
             data_licence=prepared.rows.licence,
             protocol=f"test split of {config.data.name}, intervals {config.evaluation.confidence:.0%} by bootstrap over"
@@ -62,6 +64,7 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
         tokenizer=prepared.tokenizer,
         metadata=metadata,
         merge=config.adapter.merge_on_export,
+        base_unchanged=isinstance(config.task, ProbeConfig),
         card=card,
     )
     write_json(folder.path / "data_report.json", data_report)
@@ -89,13 +92,23 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
     _track(prepared, evaluation, tracker)
 
 
+def _moderation(prepared: PreparedRun, evaluation: Evaluation) -> dict[str, Any]:
+    """What the export of a moderator says beside its weights."""
+    task = prepared.config.task
+    if not isinstance(task, ModerationConfig) or evaluation.calibration is None:
+        return {}
+    calibration = evaluation.calibration.to_dict()
+    return {"categories": calibration["categories"] or None, "calibration": calibration, "input": task.input}
+
+
 def reproduce(config: TrainConfig) -> str:
     """A command that composes this config again: the whole of it is in config.yaml."""
     parts = [f"task={config.task.name}", f"data={config.data.name}", f"backbone={config.backbone.name}"]
     parts += [f"adapter={config.adapter.name}"] if config.adapter.name != "none" else []
     parts += [f"quantization={config.quantization.name}"] if config.quantization.name != "none" else []
     parts += [f"init={config.init}"] if config.init else []
-    parts += [f"data.path={config.data.path}"] if config.data.path else []
+    where = {key: getattr(config.data, key) for key in ("path", "test_path", "root", "subset", "revision")}
+    parts += [f"data.{key}={value}" for key, value in where.items() if value]
     return "python train.py " + " ".join([*parts, f"seed={config.seed}", f"data.seed={config.data.seed}"])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from saferlhf.config.schema import EvaluationConfig
+from saferlhf.config.schema import EvaluationConfig, ModerationConfig, ProbeConfig
 from saferlhf.data.encode import Encoded
 from saferlhf.data.rows import PreferencePair
 from saferlhf.evaluation.plots import score_histograms
@@ -28,6 +28,14 @@ def measure(prepared: PreparedRun) -> Evaluation:
         from saferlhf.run.measure_sft import measure_sft
 
         return measure_sft(prepared)
+    if isinstance(prepared.config.task, ProbeConfig):
+        from saferlhf.run.measure_probe import measure_probe
+
+        return measure_probe(prepared)
+    if isinstance(prepared.config.task, ModerationConfig):
+        from saferlhf.run.measure_moderator import measure_moderator
+
+        return measure_moderator(prepared)
     return _measure_scores(prepared, model)
 
 

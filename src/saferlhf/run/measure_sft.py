@@ -21,7 +21,7 @@ from saferlhf.run.rows import first_rows
 from saferlhf.run.stages import Evaluation, PreparedRun
 from saferlhf.tasks.scoring import gather
 
-SAMPLES = {"toyworld": 400, "file": 16}
+SAMPLES = {"toyworld": 400, "file": 16, "mix": 16}
 """Responses sampled at the end, by source of the rows."""
 
 

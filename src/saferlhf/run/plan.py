@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from saferlhf.config.run_folder import FINISHED, RunFolder
-from saferlhf.config.schema import TrainConfig
+from saferlhf.config.schema import ProbeConfig, TrainConfig
 from saferlhf.errors import UserError
 from saferlhf.run.rows import EncodedSplits
 from saferlhf.run.trainer import micro_batch_size, validation_interval
@@ -48,14 +48,23 @@ def plan_rows(
     rows = f"{len(encoded.train):,} train, {len(encoded.val):,} validation, {len(encoded.test):,} test"
     trainer = config.trainer
     epochs = steps * trainer.batch_size / len(encoded.train)
+    if isinstance(config.task, ProbeConfig):
+        from saferlhf.run.fit_probe import probe_plan_rows
+
+        work = probe_plan_rows(config, encoded, task)
+    else:
+        interval = validation_interval(config, steps)
+        work = [
+            ("steps", f"{steps:,} of {trainer.batch_size} rows ({epochs:.2f} epochs)"),
+            ("", f"in micro-batches of {micro_batch_size(config)}; validation every {interval}"),
+            ("learning rate", f"{config.optimizer.lr:g}, {config.schedule.name}, {config.optimizer.name}"),
+        ]
     return [
         ("task", f"{config.task.name} with {config.backbone.name}, {config.adapter.name} adapter"),
         ("starts from", start or given),
         ("data", f"{config.data.name}: {rows}; {lengths.mean():.0f} tokens on average, {longest} at most"),
         ("parameters", f"{trained:,} trained, {frozen:,} frozen"),
-        ("steps", f"{steps:,} of {trainer.batch_size} rows ({epochs:.2f} epochs)"),
-        ("", f"in micro-batches of {micro_batch_size(config)}; validation every {validation_interval(config, steps)}"),
-        ("learning rate", f"{config.optimizer.lr:g}, {config.schedule.name}, {config.optimizer.name}"),
+        *work,
         ("device", f"{trainer.devices} x {device}, {trainer.precision}, {torch.get_num_threads()} CPU threads"),
         (
             "memory",

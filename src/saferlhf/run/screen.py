@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from saferlhf.config.files import read_json
 from saferlhf.config.run_folder import RunFolder
 from saferlhf.training.display import duration
+
+if TYPE_CHECKING:
+    from saferlhf.data.report_tables import ReportTable
 
 
 def say(text: str) -> None:
@@ -31,6 +35,50 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
         longest = [max(len(row[column]) for row in rows) for column in (0, 1)]
         width = max(width, sum(longest) + 4)
     Console(width=width).print(table)
+
+
+def show_data(report: Mapping[str, Any]) -> None:
+    """The data report: rows, what was wrong with them, labels, biases and lengths, a column for each split."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from saferlhf.data.report_tables import data_facts, data_tables
+
+    console = Console(width=_width())
+    tables = data_tables(report, short=True)
+    gap = 2 if console.width >= 60 else 1
+    console.print(Text(f"data: {data_facts(report)}", style="italic"))
+    if console.width >= 100:  # side by side, so that rows and plan are one screen
+        right = [table for table in tables if table.title in ("labels", "biases")]
+        both = Table.grid(padding=(0, 6, 0, 0))
+        both.add_row(*(_data_panel(part, gap) for part in ([t for t in tables if t not in right], right) if part))
+        console.print(both)
+    else:
+        console.print(_data_panel(tables, gap))
+    for note in (table.note for table in tables if table.note):
+        console.print(Text(note, style="dim"))
+    console.print()
+
+
+def _data_panel(tables: Sequence[ReportTable], gap: int) -> Any:
+    """Tables of the data report below each other, with common columns."""
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    panel = Table(box=None, padding=(0, gap, 0, 0))
+    panel.add_column(overflow="fold")
+    for split in tables[0].columns if tables else ():
+        panel.add_column(split, justify="right", no_wrap=True)
+    for table in tables:
+        if table.lines:
+            panel.add_row(Text(table.title, style="bold"))
+        for line in table.lines:
+            style = "dim" if line.level else ""
+            name = Padding(Text(line.name, style=style), (0, 0, 0, gap * (line.level + 1)))
+            panel.add_row(name, *(Text(cell, style=style) for cell in line.cells))
+    return panel
 
 
 def say_finished(folder: RunFolder, metrics: Mapping[str, float], confidence: float) -> None:

@@ -12,15 +12,16 @@ import torch
 from hydra.utils import get_class
 
 from saferlhf.config.run_folder import RunFolder
-from saferlhf.config.schema import TrainConfig
+from saferlhf.config.schema import ModerationConfig, ProbeConfig, TrainConfig
 from saferlhf.data.build import Splits
 from saferlhf.data.loader import EvalLoader, StepLoader
 from saferlhf.errors import TrainingDiverged, UserError
 from saferlhf.models.tokenizer import load_tokenizer
+from saferlhf.ops.calibration import Calibration
 from saferlhf.run.plan import plan_rows
 from saferlhf.run.prepare import LocatedRun
 from saferlhf.run.rows import EncodedSplits, encode_splits, first_rows, load_splits
-from saferlhf.run.screen import say, show_table
+from saferlhf.run.screen import say, show_data, show_table
 from saferlhf.run.trainer import build_trainer, micro_batch_size, total_steps
 from saferlhf.tasks.base import SupervisedTask, TaskInputs
 from saferlhf.tracking.base import SplitInfo, TrackingLogger
@@ -62,12 +63,14 @@ class PreparedRun:
     def task(self) -> SupervisedTask:
         """The LightningModule, without weights until `configure_model`."""
         kind = get_class(self.config.task._target_)
-        inputs = TaskInputs(self.tokenizer, self.steps, Path(self.config.output_root))
+        moderates = isinstance(self.config.task, ModerationConfig)
+        labels = self.encoded.labels(self.encoded.train) if moderates else None
+        inputs = TaskInputs(self.tokenizer, self.steps, Path(self.config.output_root), labels)
         return kind(self.config, inputs)
 
     def show_plan(self) -> None:
         """One screen: what will be done, with how much, and where the results go."""
-        print(self.rows.report.table())
+        show_data(self.rows.report.to_dict())
         show_table("plan", plan_rows(self.config, self.encoded, self.task, self.steps, self.folder.path))
 
     def ui_command(self) -> str | None:
@@ -91,7 +94,7 @@ class PreparedRun:
         )
         folder.update_status(mlflow_run_id=tracker.run_id)
         tracker.log_hyperparams(asdict(config))
-        source = config.data.path or config.data.source
+        source = config.data.path or self.rows.report.revision or config.data.source
         parts = {"train": self.encoded.train, "val": self.encoded.val, "test": self.encoded.test}
         tracker.log_datasets(
             [SplitInfo(s, config.data.name, self.rows.fingerprint, len(p), source) for s, p in parts.items() if len(p)]
@@ -128,6 +131,11 @@ def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
     from saferlhf.run.train import Interrupted
 
     config, folder = prepared.config, prepared.folder
+    if isinstance(config.task, ProbeConfig):
+        from saferlhf.run.fit_probe import run_probe
+
+        run_probe(prepared, tracker)
+        return
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
@@ -192,11 +200,12 @@ def _kept(folder: RunFolder) -> str:
 
 @dataclass
 class Evaluation:
-    """Final numbers, and what the report shows beside them."""
+    """Final numbers, what the report shows beside them, and a moderator's calibration."""
 
     metrics: dict[str, float]
     histograms: list[Any]
     samples: list[dict[str, Any]]
+    calibration: Calibration | None = None
 
 
 def evaluate_run(prepared: PreparedRun) -> Evaluation:

@@ -14,7 +14,7 @@ import yaml
 
 from saferlhf.config.files import read_json, write_json, write_text
 from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
-from saferlhf.config.schema import TrainConfig
+from saferlhf.config.schema import ProbeConfig, TrainConfig
 from saferlhf.errors import UserError
 from saferlhf.run.log import RunLog
 from saferlhf.run.prepare import LocatedRun, checked, locate_run
@@ -80,12 +80,12 @@ def _to_the_end(run: LocatedRun) -> tuple[dict[str, float], str | None]:
         raise
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
         _end(run.folder, tracked, KILLED)
-        raise Interrupted(f"stopped; {_where_it_goes_on(run.folder)}") from None
+        raise Interrupted(f"stopped; {_where_it_goes_on(run)}") from None
     except OSError as error:
         _end(run.folder, tracked, FAILED, str(error))
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        mend = f"make room; {_where_it_goes_on(run.folder)}"
+        mend = f"make room; {_where_it_goes_on(run)}"
         raise UserError(error.strerror or "the disk is full", str(error.filename or run.folder.path), mend) from error
     except BaseException as error:
         _end(run.folder, tracked, FAILED, str(error) or type(error).__name__)
@@ -101,8 +101,11 @@ def _carry_out(run: LocatedRun, tracked: list[Any]) -> tuple[dict[str, float], s
     _remove_drafts(folder)
     _write_config(run)
     prepared = prepare(run)
+    # now already: whoever stops the run, or finds it failed, may want to know what it was fed
+    write_json(folder.path / "data_report.json", prepared.rows.report.to_dict())
     tracker = prepared.start_tracking()
     tracked.append(tracker)
+    tracker.log_artifact(folder.path / "data_report.json")
     prepared.show_plan()
     started = time.monotonic()
     fit(prepared, tracker)
@@ -130,8 +133,10 @@ def _end(folder: RunFolder, tracked: list[Any], status: str, reason: str | None 
         say(f"the run's end could not be noted: {error}")
 
 
-def _where_it_goes_on(folder: RunFolder) -> str:
-    steps = [int(path.stem.partition("-")[2]) for path in folder.checkpoints.glob("step-*.ckpt")]
+def _where_it_goes_on(run: LocatedRun) -> str:
+    if isinstance(run.config.task, ProbeConfig):
+        return "what was computed of the features is kept: the same command goes on from there"
+    steps = [int(path.stem.partition("-")[2]) for path in run.folder.checkpoints.glob("step-*.ckpt")]
     if not steps:
         return "no checkpoint was due yet: the same command starts anew"
     return f"the same command goes on from step {max(steps)}"

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from saferlhf.config.schema import TrainConfig
-from saferlhf.data.batches import PairBatch, TokenBatch
+from saferlhf.data.batches import AnswerBatch, PairBatch, TokenBatch, tokens_of
 from saferlhf.data.loader import EvalBatch, StepBatch
 from saferlhf.errors import TrainingDiverged, UserError
 from saferlhf.models.adapters import add_lora
 from saferlhf.models.backbone import load_backbone
+from saferlhf.ops.moderation import ModerationLabels
 from saferlhf.tasks.optimization import build_optimizer, build_schedule
 
-Batch = TokenBatch | PairBatch
+Batch = TokenBatch | PairBatch | AnswerBatch
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ class TaskInputs:
         tokenizer: of the backbone.
         total_steps: optimizer steps of the whole run; the schedule's length.
         output_root: where run folders lie, to resolve `init`.
+        labels: of the training rows, for a moderator; None for other tasks.
     """
 
     tokenizer: PreTrainedTokenizerBase
     total_steps: int
     output_root: Path
+    labels: ModerationLabels | None = None
 
 
 class SupervisedTask(L.LightningModule, ABC):
@@ -168,7 +171,7 @@ class SupervisedTask(L.LightningModule, ABC):
         return {**{name: sum(row[name] for row in rows) / total for name in names}, "grad_norm": flat[-1]}
 
     def _diverged(self, what: str, batches: Sequence[Batch]) -> TrainingDiverged:
-        tokens = [batch.tokens if isinstance(batch, PairBatch) else batch for batch in batches]
+        tokens = [tokens_of(batch) for batch in batches]
         ids = list(dict.fromkeys(row_id for batch in tokens for row_id in batch.row_ids))
         return TrainingDiverged(
             f"{what} in step {self.global_step + 1} of {self.inputs.total_steps}",

@@ -1,0 +1,198 @@
+"""Features of rows by a frozen backbone: computed once, kept on disk, read back as a matrix.
+
+Rows are sorted by length and cut into batches of about equal numbers of tokens, padding included. Which rows share a
+batch depends on the rows that are asked for, not on which of them are cached already: a run that was killed and goes on
+gets the same numbers to the last bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saferlhf.data.batches import tokens_of
+from saferlhf.data.encode import EncodedAnswers
+from saferlhf.evaluation.score import evaluating
+from saferlhf.models.feature_store import FeatureStore, row_key
+from saferlhf.models.features import PARTS, pooled_parts, span_matrix, trunk_id
+from saferlhf.models.score_model import ScoreModel, hidden_size
+
+BATCH_TOKENS = 4096
+
+_READ_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the computing is.
+
+    Attributes:
+        rows, total_rows: done, and to do in this call; cached ones are not among them.
+        tokens, total_tokens: the same in tokens.
+        seconds: since the first batch began.
+    """
+
+    rows: int
+    total_rows: int
+    tokens: int
+    total_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """So far."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """At this rate."""
+        return (self.total_tokens - self.tokens) / self.tokens_per_s if self.tokens else 0.0
+
+
+@dataclass(frozen=True)
+class RowFeatures:
+    """Features of N rows in a store.
+
+    Attributes:
+        store: on disk.
+        keys: of N rows.
+        counts: (N, 2) tokens of prompt and response.
+        layers: numbers of the hidden states, in the store's order.
+        pooling: mean | last.
+    """
+
+    store: FeatureStore
+    keys: Sequence[bytes]
+    counts: NDArray[np.int64]
+    layers: tuple[int, ...]
+    pooling: str
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def matrix(self, layers: Sequence[int], span: str) -> NDArray[np.float32]:
+        """(N, F) float32, as a `ScoreModel` with these layers and this span hands it to its heads."""
+        states, places = self.store.states(), self.store.places(self.keys)
+        columns = [self.layers.index(layer) for layer in layers]
+        parts = []
+        for start in range(0, len(places), _READ_ROWS):
+            rows = slice(start, start + _READ_ROWS)
+            block = np.asarray(states[places[rows]][:, columns], dtype=np.float32)  # (n, layers, 2, H)
+            parts.append(span_matrix(block, self.counts[rows], self.pooling, span))
+        width = states.shape[-1] * len(columns) * (2 if span == "both" else 1)
+        return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)
+
+
+def row_features(
+    model: ScoreModel,
+    data: EncodedAnswers,
+    *,
+    layers: Sequence[int],
+    pooling: str = "mean",
+    autocast: bool = False,
+    dtype: str = "float16",
+    batch_tokens: int = BATCH_TOKENS,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> RowFeatures:
+    """Features of all rows, from the store as far as they are there.
+
+    Args:
+        model: on the device it is to run on; its trunk is read.
+        data: N encoded rows.
+        layers: numbers of the hidden states to keep.
+        pooling: mean | last.
+        autocast: compute in bfloat16; such features are kept apart from exact ones.
+        dtype: float16 | float32, as stored.
+        batch_tokens: most tokens per forward pass, padding included; at least one row.
+        cache_dir: the project's cache folder.
+        progress: called after each batch.
+        say: told of waiting and of damage.
+
+    Raises:
+        UserError: the cache folder cannot be written, or numbers that do not fit `dtype`.
+    """
+    store = feature_store(model, layers=layers, pooling=pooling, autocast=autocast, dtype=dtype, cache_dir=cache_dir)
+    keys = row_keys(data)
+    counts = np.stack([data.store.prompt_lengths, data.lengths - data.store.prompt_lengths], axis=1).astype(np.int64)
+    found = RowFeatures(store, keys, counts, tuple(layers), pooling)
+    damaged = store.drop_damaged(keys)
+    if damaged:
+        say(f"{damaged:,} cached rows of features are damaged and computed again ({store.folder})")
+    if all(key in store for key in keys):
+        return found
+    with store.writing(lambda: say(f"another process is computing features in {store.folder}: waiting for it")) as add:
+        store.drop_damaged(keys)  # the store was read again
+        _compute(model, data, keys, add, store, found, autocast, batch_tokens, progress)
+    return found
+
+
+def feature_store(
+    model: ScoreModel,
+    *,
+    layers: Sequence[int],
+    pooling: str,
+    autocast: bool,
+    dtype: str,
+    cache_dir: str | Path | None = None,
+) -> FeatureStore:
+    """The store of what this model makes of rows; arguments as in `row_features`."""
+    about = {
+        "model": trunk_id(model.trunk),
+        "layers": list(layers),
+        "pooling": pooling,
+        "compute": "bfloat16 autocast" if autocast else "as loaded",
+    }
+    return FeatureStore(about, (len(layers), PARTS, hidden_size(model.trunk)), dtype, cache_dir)
+
+
+def row_keys(data: EncodedAnswers) -> list[bytes]:
+    """One key per row, in the rows' order."""
+    return [row_key(data.store.sequence(i), int(data.store.prompt_lengths[i])) for i in range(len(data))]
+
+
+def token_batches(lengths: NDArray[Any], batch_tokens: int) -> list[NDArray[np.int64]]:
+    """Row numbers, longest first, in batches of at most `batch_tokens` tokens, padding included; one row at least."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def _compute(
+    model: ScoreModel,
+    data: EncodedAnswers,
+    keys: Sequence[bytes],
+    add: Callable[[Sequence[bytes], Any], None],
+    store: FeatureStore,
+    found: RowFeatures,
+    autocast: bool,
+    batch_tokens: int,
+    progress: Callable[[Progress], None],
+) -> None:
+    lengths = np.asarray(data.lengths)
+    batches = [b for b in token_batches(lengths, batch_tokens) if any(keys[i] not in store for i in b)]
+    total_rows, total_tokens = sum(map(len, batches)), int(sum(lengths[b].sum() for b in batches))
+    device = next(model.parameters()).device
+    rows = tokens = 0
+    started = time.monotonic()
+    with evaluating(model, autocast=autocast):
+        for batch in batches:
+            t = tokens_of(data.collate(batch)).to(device)
+            parts = pooled_parts(model, t.input_ids, t.attention_mask, t.response_mask, found.layers, found.pooling)
+            numbers = parts.cpu().numpy()
+            # two rows of one content, or one that was cached: once is enough
+            fresh = {keys[i]: j for j, i in enumerate(batch) if keys[i] not in store}
+            add(list(fresh), numbers[list(fresh.values())])
+            rows, tokens = rows + len(batch), tokens + int(lengths[batch].sum())
+            progress(Progress(rows, total_rows, tokens, total_tokens, time.monotonic() - started))

@@ -1,0 +1,110 @@
+"""The model that `evaluate.py` judges or judges with: resolved, checked for the protocols, loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saferlhf.config.schema import EvaluateConfig
+from saferlhf.errors import UserError
+from saferlhf.models.locator import Location, resolve
+from saferlhf.models.metadata import ExportMetadata, read_metadata
+
+FITS = {"preference": ("reward", "cost"), "moderation": ("moderator", "cost")}
+"""Protocol -> kinds of models it is for."""
+
+MODERATES = FITS["moderation"]
+"""Kinds of models that give verdicts on single answers."""
+
+_TASKS = {"reward": "task=reward", "cost": "task=cost", "moderator": "task=moderator or task=probe"}
+
+
+@dataclass
+class JudgedModel:
+    """A trained model with score heads.
+
+    Attributes:
+        locator: as the user named it.
+        location: where it was found.
+        metadata: of its export.
+    """
+
+    locator: str
+    location: Location
+    metadata: ExportMetadata
+    _loaded: Any = field(default=None, repr=False)
+
+    @property
+    def kind(self) -> str:
+        """What it was trained as: reward, cost or moderator."""
+        return self.metadata.kind
+
+    @property
+    def preference(self) -> str:
+        """Which label of a pair it was trained on: better | safer | single."""
+        return "safer" if self.kind == "cost" else str(self.metadata.extra.get("preference") or "better")
+
+    def load(self, config: EvaluateConfig) -> Any:
+        """The `LoadedModel`, on the device the config wants."""
+        if self._loaded is None:
+            import torch
+
+            from saferlhf.models.export import load_export
+            from saferlhf.run.plan import device_kind
+
+            device = torch.device("cuda" if device_kind(config.trainer.accelerator) == "gpu" else "cpu")
+            if config.trainer.threads:
+                torch.set_num_threads(config.trainer.threads)
+            self._loaded = load_export(
+                self.location, output_root=config.output_root, require_heads=True, cache_dir=config.cache_dir
+            )
+            self._loaded.model.to(device)
+        return self._loaded
+
+
+def judged_model(config: EvaluateConfig) -> JudgedModel:
+    """The model of `model=`.
+
+    Raises:
+        UserError: no such model, or one without the heads that are needed.
+    """
+    kinds = tuple(dict.fromkeys(kind for protocol in _wanted(config) for kind in FITS[protocol]))
+    mend = "name a run of " + " or ".join(_TASKS[kind] for kind in kinds)
+    location = resolve(str(config.model), output_root=Path(config.output_root))
+    if location.kind != "export" or location.folder is None:
+        raise UserError(f"'{config.model}' has no score heads", "model", mend)
+    metadata = read_metadata(location.folder)
+    if metadata.kind not in _TASKS:
+        what = f"'{config.model}' is a model of kind '{metadata.kind}' without score heads"
+        raise UserError(what, "model", mend)
+    model = JudgedModel(str(config.model), location, metadata)
+    if config.mode == "moderate":
+        _refuse_unfit(model, "mode=moderate", MODERATES)
+    return model
+
+
+def protocols_for(config: EvaluateConfig, model: JudgedModel) -> list[str]:
+    """The protocols of the suite that are for this kind of model.
+
+    Raises:
+        UserError: one is not, and the suite does not skip it; or none is.
+    """
+    fitting = [name for name in config.suite.protocols if model.kind in FITS[name]]
+    unfit = [name for name in config.suite.protocols if name not in fitting]
+    if unfit and (config.suite.unfit == "refuse" or not fitting):
+        _refuse_unfit(model, f"suite={config.suite.name}", FITS[unfit[0]])
+    return fitting
+
+
+def _wanted(config: EvaluateConfig) -> Sequence[str]:
+    return ("moderation",) if config.mode == "moderate" else config.suite.protocols
+
+
+def _refuse_unfit(model: JudgedModel, wanted: str, kinds: Sequence[str]) -> None:
+    if model.kind in kinds:
+        return
+    what = f"'{model.locator}' is a {model.kind} model and {wanted} is for {' and '.join(kinds)} models"
+    fits = [f"suite={name}" for name, fit in FITS.items() if model.kind in fit]
+    raise UserError(what, "model", f"for this model: {' or '.join(fits)}")

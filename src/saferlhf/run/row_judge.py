@@ -1,0 +1,101 @@
+"""A trained model as a judge of single answers: a moderator by its calibrated verdicts, a cost model by its sign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from saferlhf.config.schema import DataPolicyConfig, EvaluateConfig
+from saferlhf.data.encode import EncodedAnswers, Encoder
+from saferlhf.data.report import DataReport
+from saferlhf.errors import UserError
+from saferlhf.evaluation.moderate import moderate_rows
+from saferlhf.evaluation.score import score_rows
+from saferlhf.models.metadata import ExportMetadata
+from saferlhf.ops.calibration import Calibration, decide
+from saferlhf.ops.moderation import ModerationLogits, Verdicts
+from saferlhf.run.judged_model import JudgedModel
+
+
+class RowJudge:
+    """Verdicts of a model.
+
+    Args:
+        model: a moderator or a cost model.
+        config: device, precision and batch size.
+
+    Attributes:
+        calibration: temperatures, thresholds and the names of the harm categories.
+        prompt_only: it looks at prompts and not at responses.
+    """
+
+    def __init__(self, model: JudgedModel, config: EvaluateConfig) -> None:
+        loaded = model.load(config)
+        self.calibration = calibration_of(loaded.metadata)
+        self.prompt_only = reads_prompts_only(loaded.metadata)
+        self._kind, self._model = model.kind, loaded.model
+        self._encoder = Encoder.build(loaded.tokenizer, loaded.metadata.template, loaded.metadata.max_length or 512)
+        self._batch_size = config.trainer.eval_batch_size
+        self._autocast = config.trainer.precision != "32-true"
+        self._policy = config.data.policy
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names of the harm categories it tells; none for a cost model."""
+        return self.calibration.categories
+
+    def encode(
+        self,
+        rows: Sequence[Any],
+        split: str,
+        report: DataReport | None = None,
+        policy: DataPolicyConfig | None = None,
+    ) -> EncodedAnswers:
+        """Tokens of the rows; over-long ones are handled as `policy.overlong` says, by default that of the data."""
+        return self._encoder.answers(rows, split, report, policy or self._policy, prompt_only=self.prompt_only)
+
+    def logits(self, data: EncodedAnswers, progress: Callable[[int], None] | None = None) -> ModerationLogits:
+        """What the heads say, before calibration; the cost stands for the logit of unsafe."""
+        if self._kind == "moderator":
+            return moderate_rows(
+                self._model, data, batch_size=self._batch_size, autocast=self._autocast, progress=progress
+            )
+        costs = score_rows(self._model, data, batch_size=self._batch_size, autocast=self._autocast)
+        if progress is not None:
+            progress(len(data))
+        return ModerationLogits(np.asarray(costs, np.float64), None, None)
+
+    def decide(self, logits: ModerationLogits) -> Verdicts:
+        """Calibrated probabilities and consistent decisions; a cost above 0 says unsafe."""
+        if self._kind == "moderator":
+            return decide(logits, self.calibration)
+        return Verdicts(expit(logits.unsafe), None, None, logits.unsafe > 0, None, None)
+
+
+def calibration_of(metadata: ExportMetadata) -> Calibration:
+    """The calibration of an export, or the defaults for one without.
+
+    Raises:
+        UserError: it is damaged, or the export has a category head and does not name its categories.
+    """
+    width, names = metadata.heads.get("category", 0), tuple(metadata.categories or ())
+    where, mend = "saferlhf.json of the export", "export the model again"
+    if metadata.calibration is None:
+        if width != len(names):
+            raise UserError(f"{width} category scores and {len(names)} names of categories", where, mend)
+        return Calibration.default(names)
+    try:
+        found = Calibration.from_dict(metadata.calibration)
+    except ValueError as error:
+        raise UserError(str(error), where, mend) from error
+    if width != len(found.categories):
+        raise UserError(f"{width} category scores and {len(found.categories)} names of categories", where, mend)
+    return found
+
+
+def reads_prompts_only(metadata: ExportMetadata) -> bool:
+    """Whether this is a moderator of prompts."""
+    return metadata.input == "prompt"

@@ -1,0 +1,253 @@
+"""Fitting a probe: which layers, which penalties, and heads that read raw hidden states.
+
+Everything is chosen on the training rows, by the loss of rows that a fit has not seen (K folds, no prompt in two):
+
+1. Each layer by itself, roughly, by ridge regression (`ops/ridge.py`).
+2. An order of layers: begin with the best one; then always add the layer whose predictions, averaged with those chosen
+   so far, lower the error most (Caruana et al. 2004, "Ensemble selection from libraries of models").
+3. Growing sets along that order, each cross-validated exactly: side by side (`concatenate`) or one fit per layer
+   (`average`). A set's loss is told relative to that of the base rates and averaged over the heads by their weights:
+   1 = nothing learned. It ends when a larger set gains less than `LEAST_GAIN`; the best set wins, and each head has its
+   own penalty.
+
+The heads are then fitted on all training rows and folded with the standardisation into plain linear maps. The
+out-of-fold outputs of the winner are what temperatures and thresholds are fitted on: as many rows as there are for
+training, and none of them seen by the heads that judged it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saferlhf.config.schema import ProbeConfig
+from saferlhf.evaluation.features import RowFeatures
+from saferlhf.ops.linear_probe import (
+    Basis,
+    CrossValidation,
+    HeadWeights,
+    Targets,
+    apply_heads,
+    cross_validate,
+    fit_heads,
+    head_losses,
+)
+from saferlhf.ops.ridge import order_by_average, relative_errors, ridge_out_of_fold, ridge_targets
+
+SET_SIZES = (1, 2, 3, 4, 6, 8)
+"""Numbers of layers that are tried together."""
+
+LEAST_GAIN = 0.002
+"""Relative loss that a larger set must gain for a still larger one to be tried."""
+
+FLOOR = 1e-2
+"""Axes whose energy is below this share of the least penalty are dropped: there the penalty rules."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One set of layers in cross-validation.
+
+    Attributes:
+        layers: numbers of hidden states.
+        loss: head name -> mean out-of-fold loss of a row.
+        relative: the losses relative to those of the base rates, averaged over heads by their weights.
+        l2: head name -> penalty; of an average of layers, the first layer's.
+        scores: head name -> (N, n) out-of-fold outputs.
+        seconds: that it took.
+    """
+
+    layers: tuple[int, ...]
+    loss: dict[str, float]
+    relative: float
+    l2: dict[str, float]
+    scores: dict[str, Tensor]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, without the outputs."""
+        return {
+            "layers": list(self.layers),
+            "relative_loss": self.relative,
+            "loss": self.loss,
+            "l2": self.l2,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+@dataclass(frozen=True)
+class ProbeFit:
+    """A fitted probe.
+
+    Attributes:
+        layers: that the heads read.
+        heads: head name -> weight (n, F) and bias (n,), on pooled hidden states as they are.
+        scores: head name -> (N, n) out-of-fold outputs of the training rows.
+        chosen: the set of layers that won.
+        tried: all of them, in order.
+        rough: layer -> head name -> relative squared error of ridge regression, where layers were chosen.
+    """
+
+    layers: tuple[int, ...]
+    heads: HeadWeights
+    scores: dict[str, Tensor]
+    chosen: Tried
+    tried: tuple[Tried, ...]
+    rough: dict[int, dict[str, float]]
+
+
+def fit_probe(
+    features: RowFeatures,
+    targets: Targets,
+    sizes: Mapping[str, int],
+    task: ProbeConfig,
+    folds: NDArray[np.int64],
+    say: Callable[[str], None] = lambda _: None,
+) -> ProbeFit:
+    """Choose layers and penalties, then fit on all rows.
+
+    Args:
+        features: of N training rows; all their layers may be chosen where `task.layers` is "auto".
+        targets: labels of the rows.
+        sizes: head name -> outputs.
+        task: span, layers, combine, l2.
+        folds: (N,) fold of each row, as of `ops/folds.py`.
+        say: told of each set of layers.
+    """
+    search = _Search(features, targets, sizes, task, folds, say)
+    chosen = search.grow() if task.layers == "auto" else search.together(features.layers)
+    heads = search.final(chosen)
+    return ProbeFit(chosen.layers, heads, chosen.scores, chosen, tuple(search.tried), search.rough)
+
+
+class _Search:
+    """Cross-validation of sets of layers; what was tried is kept."""
+
+    def __init__(
+        self,
+        features: RowFeatures,
+        targets: Targets,
+        sizes: Mapping[str, int],
+        task: ProbeConfig,
+        folds: NDArray[np.int64],
+        say: Callable[[str], None],
+    ) -> None:
+        self.features, self.targets, self.sizes, self.task, self.folds, self.say = (
+            features,
+            targets,
+            dict(sizes),
+            task,
+            folds,
+            say,
+        )
+        self.tried: list[Tried] = []
+        self.singles: dict[int, Tried] = {}
+        self.rough: dict[int, dict[str, float]] = {}
+        self.penalties = [float(l2) for l2 in task.l2]
+        zero = {name: _base_rates(name, size, targets) for name, size in self.sizes.items()}
+        self.base = head_losses(zero, targets)
+
+    # -------------------------------------------------------------------------------------------- sets of layers
+    def grow(self) -> Tried:
+        """The best of the growing sets."""
+        order = self._order()
+        best = self.single(order[0])
+        for size in [size for size in SET_SIZES[1:] if size <= len(order)]:
+            larger = self.together(order[:size])
+            gain = best.relative - larger.relative
+            best = larger if gain > 0 else best
+            if gain < LEAST_GAIN:
+                break
+        return best
+
+    def together(self, layers: Sequence[int]) -> Tried:
+        """A set of layers, combined as the task says."""
+        if self.task.combine == "concatenate" or len(layers) == 1:
+            return self._cross_validated(tuple(layers))
+        started = time.monotonic()
+        singles = [self.single(layer) for layer in layers]
+        return self._tried(tuple(layers), _mean(singles), singles[0].l2, started)
+
+    def single(self, layer: int) -> Tried:
+        """One layer by itself."""
+        if layer not in self.singles:
+            self.singles[layer] = self._cross_validated((layer,))
+        return self.singles[layer]
+
+    def _order(self) -> list[int]:
+        """Layers by what each adds to the average of those before it, by ridge regression."""
+        y = ridge_targets(self.targets, list(self.sizes))
+        predicted = {}
+        for layer in self.features.layers:
+            _, z = self._rows((layer,))
+            predicted[layer] = ridge_out_of_fold(z, y, self.folds, self.penalties)
+            self.rough[layer] = relative_errors(predicted[layer], y)
+        weights = {name: getattr(self.targets.weights, name) for name in y}
+        order = order_by_average(predicted, y, weights, SET_SIZES[-1])
+        self.say(f"  layers by ridge regression: {', '.join(map(str, order))}")
+        return order
+
+    def _cross_validated(self, layers: tuple[int, ...]) -> Tried:
+        started = time.monotonic()
+        basis, z = self._rows(layers)
+        found: CrossValidation = cross_validate(z, basis.energy, self.targets, self.sizes, self.folds, self.penalties)
+        return self._tried(layers, found.scores, found.l2, started)
+
+    def _tried(self, layers: tuple[int, ...], scores: dict[str, Tensor], l2: dict[str, float], started: float) -> Tried:
+        loss = head_losses(scores, self.targets)
+        tried = Tried(layers, loss, self.relative(loss), l2, scores, time.monotonic() - started)
+        self.tried.append(tried)
+        self.say(_line(tried))
+        return tried
+
+    def relative(self, loss: Mapping[str, float]) -> float:
+        """Losses relative to the base rates', averaged over heads by their weights."""
+        weights = {name: getattr(self.targets.weights, name) for name in loss}
+        parts = [weights[name] * loss[name] / max(self.base[name], 1e-12) for name in loss]
+        return float(sum(parts) / sum(weights.values()))
+
+    # -------------------------------------------------------------------------------------------- final heads
+    def final(self, chosen: Tried) -> HeadWeights:
+        """Heads on raw features, fitted on all rows."""
+        if self.task.combine == "concatenate" or len(chosen.layers) == 1:
+            return self._fitted(chosen.layers, chosen.l2)
+        fits = [self._fitted((layer,), self.single(layer).l2) for layer in chosen.layers]
+        share = 1.0 / len(fits)
+        return {
+            name: (
+                share * np.concatenate([fit[name][0] for fit in fits], axis=1),
+                share * np.sum([fit[name][1] for fit in fits], axis=0),
+            )
+            for name in self.sizes
+        }
+
+    def _fitted(self, layers: tuple[int, ...], l2: Mapping[str, float]) -> HeadWeights:
+        basis, z = self._rows(layers)
+        return basis.unfold(fit_heads(z, basis.energy, self.targets, self.sizes, l2))
+
+    def _rows(self, layers: tuple[int, ...]) -> tuple[Basis, Tensor]:
+        x = self.features.matrix(layers, self.task.span)
+        basis = Basis.of(x, floor=FLOOR * min(self.penalties))
+        return basis, basis.project(x)
+
+
+def _mean(tried: Sequence[Tried]) -> dict[str, Tensor]:
+    return {name: torch.stack([one.scores[name] for one in tried]).mean(dim=0) for name in tried[0].scores}
+
+
+def _base_rates(name: str, size: int, targets: Targets) -> Tensor:
+    """(N, n) the constant outputs with the least loss."""
+    nothing = torch.zeros(len(targets), 1)
+    return apply_heads(fit_heads(nothing, np.ones(1), targets, {name: size}, {name: 1.0}), nothing)[name]
+
+
+def _line(tried: Tried) -> str:
+    layers = ", ".join(map(str, tried.layers))
+    return f"  layers {layers}: relative loss {tried.relative:.4f}"

@@ -1,0 +1,119 @@
+"""Features of rows: each once, from the cache where it is there, the same numbers however often it was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_runs import prepared, small
+
+from saferlhf.evaluation import features as module
+from saferlhf.evaluation.features import Progress, row_features, token_batches
+from saferlhf.models.feature_store import FeatureStore
+from saferlhf.models.score_model import ScoreModel
+
+LAYERS = (0, 1)
+SMALL_BATCHES = {"layers": LAYERS, "batch_tokens": 128, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    prepared_run = prepared(small("task=probe", f"output_root={tmp_path_factory.mktemp('outputs')}"))
+    prepared_run.task.configure_model()
+    return prepared_run
+
+
+def features(run: Any, cache: Path, split: str = "train", **changes: Any) -> tuple[Any, list[Progress]]:
+    seen: list[Progress] = []
+    arguments = {**SMALL_BATCHES, "cache_dir": cache, "progress": seen.append, **changes}
+    return row_features(run.task.score_model, getattr(run.encoded, split), **arguments), seen
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("span", ["all", "prompt", "response", "both"])
+def test_row_by_row_what_a_score_model_reads(run: Any, tmp_path: Path, span: str, pooling: str) -> None:
+    found, _ = features(run, tmp_path, pooling=pooling)
+    data, trunk = run.encoded.train, run.task.score_model.trunk.eval()
+    for layers in ([1, 0], [1]):
+        matrix = found.matrix(layers, span)
+        model = ScoreModel(trunk, {}, pooling, layers=layers, span=span)
+        for i in range(len(data)):
+            t = data.collate([i]).tokens
+            with torch.no_grad():
+                alone = model.pooled(t.input_ids, t.attention_mask, t.response_mask)
+            np.testing.assert_allclose(matrix[i], alone[0].numpy(), atol=1e-5)
+
+
+def test_computed_once(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, seen = features(run, tmp_path)
+    assert [p.rows for p in seen] == list(np.cumsum([len(b) for b in token_batches(run.encoded.train.lengths, 128)]))
+    last = seen[-1]
+    assert last.rows == last.total_rows == 20 and last.tokens == last.total_tokens == run.encoded.train.lengths.sum()
+    assert last.tokens_per_s > 0 and last.seconds_left == 0
+    monkeypatch.setattr(module, "pooled_parts", None)
+    again, seen = features(run, tmp_path)
+    assert not seen and np.array_equal(again.matrix([0, 1], "both"), found.matrix([0, 1], "both"))
+    # not for another precision, pooling or choice of layers
+    for changes in ({"autocast": True}, {"pooling": "last"}, {"layers": (1,)}, {"dtype": "float16"}):
+        with pytest.raises(TypeError):
+            features(run, tmp_path, **changes)
+
+
+def test_interrupted_and_gone_on_with_it_is_the_same_to_the_last_bit(run: Any, tmp_path: Path) -> None:
+    whole, seen = features(run, tmp_path / "whole")
+    assert len(seen) >= 4
+
+    def stop(now: Progress) -> None:
+        if now.rows >= seen[1].rows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        features(run, tmp_path / "parts", progress=stop)
+    rest, late = features(run, tmp_path / "parts")
+    assert len(late) == len(seen) - 2 and late[-1].total_rows == 20 - seen[1].rows
+    assert np.array_equal(rest.matrix([0, 1], "both"), whole.matrix([0, 1], "both"))
+
+
+def test_damaged_rows_are_said_and_computed_again(run: Any, tmp_path: Path) -> None:
+    whole, _ = features(run, tmp_path)
+    expected = whole.matrix([0, 1], "both")
+    path = whole.store.folder / "states.bin"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 64
+    path.write_bytes(content)
+    said: list[str] = []
+    again, seen = features(run, tmp_path, say=said.append)
+    assert len(said) == 1 and said[0].startswith("1 cached rows of features are damaged")
+    assert len(seen) == 1
+    np.testing.assert_allclose(again.matrix([0, 1], "both"), expected, atol=1e-6)
+    said.clear()
+    features(run, tmp_path, say=said.append)
+    assert not said
+
+
+def test_equal_rows_are_kept_once(run: Any, tmp_path: Path) -> None:
+    data = run.encoded.train
+    twice = type(data)(
+        [*data.rows, data.rows[0]], data.store.select(np.array([*range(20), 0])), data.truncated, data.pad
+    )
+    found = row_features(run.task.score_model, twice, cache_dir=tmp_path, **SMALL_BATCHES)
+    assert len(found) == 21 and len(FeatureStore.places(found.store, found.keys)) == 21
+    assert len(found.store) == len(found.store.states()) == 20
+    matrix = found.matrix([0, 1], "both")
+    assert np.array_equal(matrix[0], matrix[20])
+
+
+def test_bfloat16_is_close(run: Any, tmp_path: Path) -> None:
+    exact, half = (features(run, tmp_path, autocast=autocast)[0].matrix([1], "both") for autocast in (False, True))
+    assert 0 < np.abs(exact - half).max() < 0.1 * np.abs(exact).max()
+
+
+def test_batches_hold_about_equal_numbers_of_tokens() -> None:
+    lengths = np.array([5, 100, 7, 30, 30, 1])
+    batches = token_batches(lengths, 64)
+    assert [b.tolist() for b in batches] == [[1], [3, 4], [2, 0, 5]]
+    assert all(len(b) == 1 or lengths[b].max() * len(b) <= 64 for b in batches)
+    assert token_batches(lengths[:0], 64) == []
