@@ -18,7 +18,8 @@ from models.tiny_models import backbone_config
 from saferlhf.config.run_folder import RunFolder
 from saferlhf.data.toyworld import preference_pairs, vocabulary
 from saferlhf.models.backbone import load_backbone
-from saferlhf.models.export import load_export, save_export
+from saferlhf.models.export import save_export
+from saferlhf.models.loading import load_export
 from saferlhf.models.metadata import ExportMetadata
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.models.tokenizer import load_tokenizer
@@ -100,7 +101,7 @@ def test_a_second_call_answers_without_the_model(tmp_outputs: Path, models: dict
     words = [f"model={models['cost']}"]
     first = evaluate(tmp_outputs, *words)
     assert first.code == 0, first.err
-    with mock.patch("saferlhf.models.export.load_export", side_effect=AssertionError("not again")):
+    with mock.patch("saferlhf.models.loading.load_export", side_effect=AssertionError("not again")):
         second = evaluate(tmp_outputs, *words)
         # a copy of the model elsewhere, devices and batches do not change the numbers
         copy = tmp_outputs / "copy"
@@ -220,7 +221,7 @@ def test_rows_without_the_needed_label(tmp_outputs: Path, tmp_path: Path, models
 
 
 def test_an_interrupt_marks_the_evaluation_killed(tmp_outputs: Path, models: dict[str, Path]) -> None:
-    with mock.patch("saferlhf.models.export.load_export", side_effect=KeyboardInterrupt):
+    with mock.patch("saferlhf.models.loading.load_export", side_effect=KeyboardInterrupt):
         answer = evaluate(tmp_outputs, f"model={models['cost']}")
     assert answer.code == 130
     assert RunFolder(only(tmp_outputs)).status()["status"] == "killed"

@@ -19,7 +19,8 @@ from saferlhf.config.run_folder import RunFolder
 from saferlhf.data.rows import PKU_CATEGORIES
 from saferlhf.data.toyworld import preference_pairs, question_answers, vocabulary
 from saferlhf.models.backbone import load_backbone
-from saferlhf.models.export import load_export, save_export
+from saferlhf.models.export import save_export
+from saferlhf.models.loading import load_export
 from saferlhf.models.metadata import ExportMetadata
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.models.tokenizer import load_tokenizer

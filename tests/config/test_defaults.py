@@ -42,7 +42,7 @@ def test_rows_of_the_toy_world() -> None:
 
 
 def test_every_task_has_its_defaults() -> None:
-    assert set(FROM_SCRATCH_LR) == set(TOYWORLD_ROWS) == set(TASKS)
+    assert {*FROM_SCRATCH_LR, "probe"} == set(TOYWORLD_ROWS) == set(TASKS), "a probe is fitted without a learning rate"
 
 
 def test_the_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ def test_row_by_row_what_a_score_model_reads(run: Any, tmp_path: Path, span: str
 
 def test_computed_once(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, seen = features(run, tmp_path)
-    assert [p.rows for p in seen] == list(np.cumsum([len(b) for b in token_batches(run.encoded.train.lengths, 128)]))
+    assert len(seen) > 3 and [p.rows for p in seen] == sorted({p.rows for p in seen})
     last = seen[-1]
     assert last.rows == last.total_rows == 20 and last.tokens == last.total_tokens == run.encoded.train.lengths.sum()
     assert last.tokens_per_s > 0 and last.seconds_left == 0
-    monkeypatch.setattr(module, "pooled_parts", None)
+    monkeypatch.setattr(module, "_compute", None)
     again, seen = features(run, tmp_path)
     assert not seen and np.array_equal(again.matrix([0, 1], "both"), found.matrix([0, 1], "both"))
     # not for another precision, pooling or choice of layers
@@ -87,7 +88,7 @@ def test_damaged_rows_are_said_and_computed_again(run: Any, tmp_path: Path) -> N
     said: list[str] = []
     again, seen = features(run, tmp_path, say=said.append)
     assert len(said) == 1 and said[0].startswith("1 cached rows of features are damaged")
-    assert len(seen) == 1
+    assert len(seen) == 1  # its batch
     np.testing.assert_allclose(again.matrix([0, 1], "both"), expected, atol=1e-6)
     said.clear()
     features(run, tmp_path, say=said.append)
@@ -117,3 +118,45 @@ def test_batches_hold_about_equal_numbers_of_tokens() -> None:
     assert [b.tolist() for b in batches] == [[1], [3, 4], [2, 0, 5]]
     assert all(len(b) == 1 or lengths[b].max() * len(b) <= 64 for b in batches)
     assert token_batches(lengths[:0], 64) == []
+
+
+# ------------------------------------------------------------------------------------------------ shared prompts
+@pytest.fixture(scope="module")
+def twins(run: Any) -> Any:
+    """Two answers to each of ten prompts, and one that stands alone."""
+    rows = run.encoded.train.rows[:11]
+    answers = [
+        replace(row, id=f"{i} {k}", response=rows[i + k].response) for i, row in enumerate(rows[:10]) for k in (0, 1)
+    ]
+    return run.encoded.encoder.answers([*answers, rows[10]])
+
+
+def of_twins(run: Any, twins: Any, cache: Path, **changes: Any) -> Any:
+    return row_features(run.task.score_model, twins, **{**SMALL_BATCHES, "cache_dir": cache, **changes})
+
+
+def test_what_prompts_have_in_common_is_computed_once(
+    run: Any, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    found = of_twins(run, twins, tmp_path / "shared", say=said.append)
+    batches = module._shared(run.task.score_model, twins, found, 128)
+    assert len(batches) > 2 and sorted(np.concatenate([rows for rows, _ in batches])) == list(range(21))
+    monkeypatch.setattr(module, "can_share", lambda trunk: False)
+    plain = of_twins(run, twins, tmp_path / "plain")
+    for pooled in ("both", "all"):
+        np.testing.assert_allclose(found.matrix([0, 1], pooled), plain.matrix([0, 1], pooled), atol=1e-5)
+    assert not said
+
+
+def test_a_model_that_does_not_mind_its_mask_is_found_out(
+    run: Any, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everywhere = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    monkeypatch.setattr(module.SharedPrompts, "_mask", lambda *_: everywhere)
+    said: list[str] = []
+    found = of_twins(run, twins, tmp_path, say=said.append)
+    assert len(said) == 1 and said[0].startswith("prompts are not shared")
+    monkeypatch.setattr(module, "can_share", lambda trunk: False)
+    plain = of_twins(run, twins, tmp_path / "plain")
+    assert np.array_equal(found.matrix([0, 1], "both"), plain.matrix([0, 1], "both"))

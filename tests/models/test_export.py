@@ -18,8 +18,9 @@ from saferlhf.config.schema import QuantizationConfig
 from saferlhf.errors import UserError
 from saferlhf.models.adapters import add_lora, trainable_parameters
 from saferlhf.models.backbone import load_backbone
-from saferlhf.models.export import load_export, save_export
+from saferlhf.models.export import save_export
 from saferlhf.models.heads import build_heads
+from saferlhf.models.loading import load_export
 from saferlhf.models.metadata import HEADS_FILE, METADATA_FILE, SIGN_CONVENTION
 from saferlhf.models.score_model import ScoreModel
 

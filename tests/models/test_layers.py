@@ -13,8 +13,8 @@ from tiny_models import NF4, backbone, backbone_config, folder_of, lora_config, 
 from saferlhf.errors import UserError
 from saferlhf.models.adapters import adapter_disabled, add_lora
 from saferlhf.models.backbone import load_backbone
-from saferlhf.models.export import load_export
 from saferlhf.models.layers import blocks_of, layer_count, visit_states
+from saferlhf.models.loading import load_export
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.ops.sequences import pool
 

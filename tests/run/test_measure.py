@@ -24,7 +24,7 @@ from small_runs import (
     weights,
 )
 
-from saferlhf.models.export import load_export
+from saferlhf.models.loading import load_export
 from saferlhf.run.measure import measure
 from saferlhf.run.rows import first_rows
 from saferlhf.run.train import train

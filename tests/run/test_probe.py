@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_runs import RunServer, assert_same, config, metrics, only_run, prepared, small, status, weights
+from small_runs import (
+    RunServer,
+    assert_same,
+    config,
+    hf_folder,
+    make_cheap,
+    metrics,
+    only_run,
+    own_rows,
+    prepared,
+    small,
+    status,
+    weights,
+)
 
 from saferlhf.errors import UserError
 from saferlhf.evaluation.moderate import moderate_rows
-from saferlhf.models.export import load_export
+from saferlhf.models.loading import load_export
 from saferlhf.ops.calibration import Calibration, decide
 from saferlhf.run import measure_probe
 from saferlhf.run.stages import fit
@@ -24,7 +38,7 @@ from saferlhf.tracking.base import NullLogger
 PROBE = (
     "task=probe",
     "task.folds=3",
-    "task.l2=[0.3,0.03]",
+    "task.l2=[0.1]",
     "task.feature_dtype=float32",
     "task.batch_tokens=256",
     "data.train_rows=60",
@@ -40,8 +54,6 @@ def probe(root: Path, *overrides: str) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of a finished run."""
-    from small_runs import make_cheap
-
     root = tmp_path_factory.mktemp("probe")
     with pytest.MonkeyPatch.context() as patch:
         make_cheap(patch.setattr)
@@ -117,7 +129,7 @@ def test_another_choice_on_the_same_rows_computes_nothing(
 ) -> None:
     from saferlhf.evaluation import features
 
-    monkeypatch.setattr(features, "pooled_parts", None)
+    monkeypatch.setattr(features, "_compute", None)
     cache = f"cache_dir={finished / 'cache'}"
     train(config(probe(tmp_path, cache, "task.layers=all", "task.span=response", "task.combine=average")))
     folder = only_run(tmp_path / "outputs")
@@ -144,17 +156,18 @@ def test_what_cannot_be_is_one_clear_line(overrides: list[str], message: str, tm
         train(config(probe(tmp_path, *overrides)))
 
 
-def test_features_of_another_model_are_noticed(finished: Path, tmp_path: Path) -> None:
+def test_features_of_another_model_are_noticed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared(probe(tmp_path, f"cache_dir={finished / 'cache'}"))
     fit(run, NullLogger())
-    block = run.task.score_model.trunk.layers[0]
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter += 1.0
+    logits = measure_probe._logits
+    monkeypatch.setattr(
+        measure_probe, "_logits", lambda *given: replace(logits(*given), unsafe=logits(*given).unsafe + 1)
+    )
     with pytest.raises(RuntimeError, match="differ by"):
         measure_probe._export_difference(run)
 
 
+@pytest.mark.slow
 def test_killed_while_it_computes_features_goes_on_there(finished: Path, server: RunServer, tmp_path: Path) -> None:
     die = {"signal": signal.SIGKILL, "at": "features", "step": 30}
     assert server.run(*probe(tmp_path), die=die).code == -signal.SIGKILL
@@ -173,10 +186,11 @@ def test_killed_while_it_computes_features_goes_on_there(finished: Path, server:
 
 
 @pytest.mark.slow
-def test_prompts_alone_four_bits_and_beavertails_labels(tmp_path: Path, server: RunServer) -> None:
-    from small_runs import hf_folder, own_rows
-
-    model, rows = hf_folder(tmp_path / "model"), own_rows(tmp_path / "rows.jsonl", count=60)
+def test_prompts_alone_and_four_bits(tmp_path: Path, server: RunServer) -> None:
+    model, rows = hf_folder(tmp_path / "model"), tmp_path / "answers.jsonl"
+    pairs = [json.loads(line) for line in Path(own_rows(tmp_path / "rows.jsonl", count=60)).read_text().splitlines()]
+    names = {"prompt": "prompt", "response": "response_0", "is_safe": "is_response_0_safe"}
+    rows.write_text("".join(json.dumps({to: p[source] for to, source in names.items()}) + "\n" for p in pairs))
     own = [f"backbone.model={model}", "backbone=hf", "backbone.max_length=64", "data=jsonl", f"data.path={rows}"]
     not_for_files = ("backbone.arch", "data.train_", "data.val_r", "data.test_r", "output_root")
     overrides = [o for o in probe(tmp_path, *own) if not o.startswith(not_for_files)]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from saferlhf.data.encode import EncodedAnswers
 from saferlhf.errors import UserError
 from saferlhf.evaluation.moderate import moderate_rows
-from saferlhf.models.export import load_export
+from saferlhf.models.loading import load_export
 from saferlhf.models.moderator import calibration_of
 from saferlhf.ops.calibration import Calibration, decide
 from saferlhf.run import measure_moderator as measuring

@@ -11,9 +11,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from saferlhf.config.schema import ProbeConfig
+from saferlhf.config.schema import KernelConfig, ProbeConfig
 from saferlhf.evaluation.features import RowFeatures
 from saferlhf.models.feature_store import FeatureStore, row_key
+from saferlhf.models.kernel_map import KernelMap
 from saferlhf.ops.folds import grouped_folds
 from saferlhf.ops.linear_probe import Targets, head_losses
 from saferlhf.ops.moderation import ModerationLabels
@@ -62,12 +63,34 @@ def automatic(planted: Any) -> Any:
 
 
 def test_layers_that_tell_something_are_found(automatic: Any) -> None:
-    assert automatic.layers[:2] == (2, 4)
-    assert [tried.layers for tried in automatic.tried][:2] == [(2,), (2, 4)]
+    assert set(automatic.layers) >= {2, 4}
+    assert {tried.layers for tried in automatic.tried} >= {(4,), (4, 2)}
     assert automatic.tried[1].relative < automatic.tried[0].relative < 1.0
     assert set(automatic.rough) == {0, 1, 2, 3, 4}
     best = min(automatic.tried, key=lambda tried: tried.relative)
     assert automatic.chosen is best
+
+
+def test_a_kernel_is_taken_where_it_sees_more(planted: Any) -> None:
+    """Unsafe at both ends of one feature: nothing that is linear in it."""
+    whole, _ = planted
+    features = replace(whole, layers=(2,))
+    told = features.matrix((2,), "both")[:, WIDTH]
+    unsafe = (np.abs(told - np.median(told)) > np.median(np.abs(told - np.median(told)))).astype(np.int64)
+    nothing = np.full(N, -1)
+    targets = Targets.of(ModerationLabels(unsafe, nothing, np.full((N, 2), -1), ("a", "b")))
+    sizes = {"unsafe": 1}
+    kernel = KernelConfig(name="gaussian", gamma=2.0, l2=[1e-2, 1e-3])
+    fitted = fit_probe(features, targets, sizes, replace(TASK, layers=[2], kernel=kernel), folds())
+    linear, through = fitted.tried
+    assert linear.relative > 0.95 > 0.85 > through.relative
+    assert fitted.chosen is through and fitted.kernel is not None
+    states = torch.from_numpy(features.matrix(fitted.layers, "both"))
+    scores = score_heads(fitted.heads)["unsafe"](KernelMap.of(fitted.kernel)(states))
+    assert ((scores[:, 0] > 0).numpy() == unsafe).mean() > 0.9
+    # and where it sees no more, the linear heads stay
+    smooth = fit_probe(*planted, SIZES, replace(TASK, layers=[2], kernel=replace(kernel, l2=[100.0])), folds())
+    assert smooth.kernel is None and not smooth.chosen.kernel
 
 
 def test_out_of_fold_outputs_are_honest(planted: Any, automatic: Any) -> None:

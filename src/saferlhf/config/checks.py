@@ -10,6 +10,7 @@ from saferlhf.config.schema import (
     DataConfig,
     EvaluateConfig,
     EvaluationConfig,
+    KernelConfig,
     ModerationConfig,
     ProbeConfig,
     TrainConfig,
@@ -145,7 +146,18 @@ def _check_probe(task: ProbeConfig) -> None:
         raise UserError(f"{task.folds} folds leave nothing to compare", "task.folds", "use 2 or more")
     if not task.l2 or not all(0 < value < math.inf for value in task.l2):
         raise UserError(f"{task.l2} are no penalties", "task.l2", "a list of numbers above zero, as [1,0.1,0.01]")
+    _check_kernel(task.kernel)
     _positive({"task.batch_tokens": task.batch_tokens})
+
+
+def _check_kernel(kernel: KernelConfig) -> None:
+    _one_of(kernel.name, "task.kernel.name", ["none", "gaussian"])
+    if not kernel.l2 or not all(0 < value < math.inf for value in kernel.l2):
+        raise UserError(f"{kernel.l2} are no penalties", "task.kernel.l2", "numbers above zero, as [1e-4,1e-5]")
+    if not 0 < kernel.gamma < math.inf:
+        raise UserError(f"{kernel.gamma} is no width", "task.kernel.gamma", "a number above zero, as 1.0")
+    for key in ("axes", "rank", "landmarks"):
+        _positive({f"task.kernel.{key}": getattr(kernel, key)})
 
 
 def _check_trainer_choices(trainer: TrainerConfig) -> None:

@@ -200,6 +200,18 @@ class ModeratorConfig(ModerationConfig):
 
 
 @dataclass
+class KernelConfig:
+    """A Gaussian kernel on the chosen layers: heads that are not linear in the hidden states."""
+
+    name: str = "none"  # none | gaussian
+    gamma: float = 1.0  # inverse width; 1 compares with the mean squared distance of two rows
+    l2: list[float] = field(default_factory=lambda: [3e-4, 1e-4, 3e-5, 1e-5])
+    axes: int = 512  # principal axes of the states that distances are taken along
+    rank: int = 1500  # coordinates of the kernel
+    landmarks: int = 6000  # training rows that it compares with, at most
+
+
+@dataclass
 class ProbeConfig(ModerationConfig):
     """Moderator on a frozen backbone: heads fitted on hidden states that are computed once."""
 
@@ -209,6 +221,7 @@ class ProbeConfig(ModerationConfig):
     combine: str = "concatenate"  # concatenate | average
     folds: int = 5
     l2: list[float] = field(default_factory=lambda: [1.0, 0.3, 0.1, 0.03, 0.01])
+    kernel: KernelConfig = field(default_factory=lambda: KernelConfig())
     feature_dtype: str = "float16"  # float16 | float32
     batch_tokens: int = field(default=4096, metadata=OUTSIDE_IDENTITY)
 

@@ -1,8 +1,9 @@
 """Features of rows by a frozen backbone: computed once, kept on disk, read back as a matrix.
 
-Rows are sorted by length and cut into batches of about equal numbers of tokens, padding included. Which rows share a
-batch depends on the rows that are asked for, not on which of them are cached already: a run that was killed and goes on
-gets the same numbers to the last bit.
+Rows are sorted by length and cut into batches of about equal numbers of tokens, padding included; what rows have in
+common is computed once where the model allows it (`models/shared_prompts.py`). Which rows share a batch depends on the
+rows that are asked for, not on which of them are cached already: a run that was killed and goes on gets the same
+numbers to the last bit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from saferlhf.data.batches import tokens_of
@@ -22,10 +24,26 @@ from saferlhf.evaluation.score import evaluating
 from saferlhf.models.feature_store import FeatureStore, row_key
 from saferlhf.models.features import PARTS, pooled_parts, span_matrix, trunk_id
 from saferlhf.models.score_model import ScoreModel, hidden_size
+from saferlhf.models.shared_prompts import (
+    Pack,
+    SharedPrompts,
+    can_share,
+    common_prefix,
+    make_packs,
+    pack_batches,
+    relative_difference,
+)
 
 BATCH_TOKENS = 4096
 
 _READ_ROWS = 512
+
+_WORTH_SHARING = 0.95
+"""Share of the tokens that must remain at most for packs to be worth their more expensive attention."""
+
+_CHECKED_ROWS = 4
+_AGREES = {False: 1e-3, True: 0.03}
+"""Relative difference of features, packed and row by row, that is rounding: in float32, in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +148,8 @@ def row_features(
         return found
     with store.writing(lambda: say(f"another process is computing features in {store.folder}: waiting for it")) as add:
         store.drop_damaged(keys)  # the store was read again
-        _compute(model, data, keys, add, store, found, autocast, batch_tokens, progress)
+        options: dict[str, Any] = {"autocast": autocast, "batch_tokens": batch_tokens}
+        _compute(model, data, found, add, progress=progress, say=say, **options)
     return found
 
 
@@ -169,30 +188,88 @@ def token_batches(lengths: NDArray[Any], batch_tokens: int) -> list[NDArray[np.i
     return batches
 
 
+# ------------------------------------------------------------------------------------------------ computing
+Batch = tuple[NDArray[np.int64], Callable[[], NDArray[Any]]]
+"""Row numbers, and what computes their features (rows, layers, 2, H)."""
+
+
 def _compute(
     model: ScoreModel,
     data: EncodedAnswers,
-    keys: Sequence[bytes],
-    add: Callable[[Sequence[bytes], Any], None],
-    store: FeatureStore,
     found: RowFeatures,
+    add: Callable[[Sequence[bytes], Any], None],
+    *,
     autocast: bool,
     batch_tokens: int,
     progress: Callable[[Progress], None],
+    say: Callable[[str], None],
 ) -> None:
-    lengths = np.asarray(data.lengths)
-    batches = [b for b in token_batches(lengths, batch_tokens) if any(keys[i] not in store for i in b)]
-    total_rows, total_tokens = sum(map(len, batches)), int(sum(lengths[b].sum() for b in batches))
-    device = next(model.parameters()).device
-    rows = tokens = 0
-    started = time.monotonic()
+    """Append the rows that the store lacks."""
+    keys, store, lengths = found.keys, found.store, np.asarray(data.lengths)
     with evaluating(model, autocast=autocast):
-        for batch in batches:
-            t = tokens_of(data.collate(batch)).to(device)
-            parts = pooled_parts(model, t.input_ids, t.attention_mask, t.response_mask, found.layers, found.pooling)
-            numbers = parts.cpu().numpy()
+        batches = _batches(model, data, found, autocast, batch_tokens, say)
+        batches = [batch for batch in batches if any(keys[i] not in store for i in batch[0])]
+        total_rows = sum(len(rows) for rows, _ in batches)
+        total_tokens = int(sum(lengths[rows].sum() for rows, _ in batches))
+        done = tokens = 0
+        started = time.monotonic()
+        for rows, compute in batches:
+            numbers = compute()
             # two rows of one content, or one that was cached: once is enough
-            fresh = {keys[i]: j for j, i in enumerate(batch) if keys[i] not in store}
+            fresh = {keys[i]: j for j, i in enumerate(rows) if keys[i] not in store}
             add(list(fresh), numbers[list(fresh.values())])
-            rows, tokens = rows + len(batch), tokens + int(lengths[batch].sum())
-            progress(Progress(rows, total_rows, tokens, total_tokens, time.monotonic() - started))
+            done, tokens = done + len(rows), tokens + int(lengths[rows].sum())
+            progress(Progress(done, total_rows, tokens, total_tokens, time.monotonic() - started))
+
+
+def _batches(
+    model: ScoreModel,
+    data: EncodedAnswers,
+    found: RowFeatures,
+    autocast: bool,
+    batch_tokens: int,
+    say: Callable[[str], None],
+) -> list[Batch]:
+    """All rows in batches: several responses to a prompt in one pass where the model can do that, else row by row."""
+    shared = _shared(model, data, found, batch_tokens) if can_share(model.trunk) else []
+    if shared:
+        rows, compute = shared[0]
+        some = rows[:_CHECKED_ROWS]
+        difference = relative_difference(
+            torch.from_numpy(compute()[: len(some)]), torch.from_numpy(_plain(model, data, found, some)())
+        )
+        half = autocast or next(model.parameters()).dtype != torch.float32
+        if difference <= _AGREES[half]:
+            return shared
+        say(f"prompts are not shared: it would change features by {difference:.1%}")
+    return [(rows, _plain(model, data, found, rows)) for rows in token_batches(np.asarray(data.lengths), batch_tokens)]
+
+
+def _plain(
+    model: ScoreModel, data: EncodedAnswers, found: RowFeatures, rows: NDArray[np.int64]
+) -> Callable[[], NDArray[Any]]:
+    def compute() -> NDArray[Any]:
+        t = tokens_of(data.collate(rows)).to(next(model.parameters()).device)
+        masks = (t.input_ids, t.attention_mask, t.response_mask)
+        return pooled_parts(model, *masks, found.layers, found.pooling).cpu().numpy()
+
+    return compute
+
+
+def _shared(model: ScoreModel, data: EncodedAnswers, found: RowFeatures, batch_tokens: int) -> list[Batch]:
+    """Batches of packs; none where prompts have too little in common to gain by it."""
+    sequences = [data.store.sequence(i) for i in range(len(data))]
+    prompts = data.store.prompt_lengths
+    prefix = common_prefix([ids[:n] for ids, n in zip(sequences, prompts, strict=True)])
+    packs = make_packs(sequences, prompts, prefix)
+    if sum(map(len, packs)) > _WORTH_SHARING * sum(map(len, sequences)):
+        return []
+    sharing = SharedPrompts(model.trunk, prefix, found.layers, found.pooling, data.pad)
+
+    def compute(batch: Sequence[Pack]) -> Callable[[], NDArray[Any]]:
+        return lambda: sharing.features(batch).cpu().numpy()
+
+    return [
+        (np.array([row for pack in batch for row in pack.rows], dtype=np.int64), compute(batch))
+        for batch in pack_batches(packs, batch_tokens)
+    ]

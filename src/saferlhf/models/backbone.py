@@ -231,7 +231,7 @@ def _from_export(
         )
     if metadata.weights not in ("adapter", "base"):
         return load_pretrained(str(folder), cfg, quantization, lm_head=lm_head, device=device)
-    from saferlhf.models.export import load_export
+    from saferlhf.models.loading import load_export
     from saferlhf.models.merge import merged_model
 
     loaded = load_export(source.location, output_root=output_root, cache_dir=cache_dir)

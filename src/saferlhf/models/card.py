@@ -49,7 +49,7 @@ def model_card(
     lines += [f"A **{metadata.kind}** model trained with saferlhf.", ""]
     lines += ["## Use", "", INTENDED_USE.get(metadata.kind, "Not described."), ""]
     lines += [f"Sign convention: {metadata.sign_convention}.", ""]
-    lines += ["```python", "from saferlhf.models.export import load_export", ""]
+    lines += ["```python", "from saferlhf.models.loading import load_export", ""]
     lines += ['loaded = load_export("this folder")  # loaded.model, loaded.tokenizer, loaded.heads', "```", ""]
     lines += ["## Model", "", *_facts(metadata), ""]
     if metadata.calibration is not None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from saferlhf.models.backbone import provenance_of
+from saferlhf.models.quantization import is_quantized
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.ops.sequences import pool, span_masks
 
@@ -97,8 +98,8 @@ def trunk_id(trunk: nn.Module) -> str:
     model from scratch or of an adapter in training, are hashed themselves.
     """
     provenance = provenance_of(trunk)
-    parts: list[Any] = [provenance.source.content_id, provenance.commit, asdict(provenance.quantization)]
-    parts += [provenance.backbone.dtype]
+    packed = asdict(provenance.quantization) if is_quantized(provenance.quantization) else None
+    parts: list[Any] = [provenance.source.content_id, provenance.commit, packed, provenance.backbone.dtype]
     digest = hashlib.sha256(repr(parts).encode())
     loose = provenance.source.kind == "scratch"
     for name, value in trunk.state_dict().items():

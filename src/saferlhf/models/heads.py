@@ -8,7 +8,7 @@ run over them, and whose saving would lose them with an adapter.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -63,8 +63,8 @@ def head_widths(heads: nn.ModuleDict) -> dict[str, int]:
     return {name: cast(ScoreHead, head).out_features for name, head in heads.items()}
 
 
-def read_heads(folder: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
-    """`<head>.weight` and `<head>.bias` of every expected head; UserError when one is missing."""
+def read_heads(folder: Path, expected: Mapping[str, int], more: Sequence[str] = ()) -> dict[str, Tensor]:
+    """`<head>.weight` and `<head>.bias` of every expected head, and the tensors `more`; UserError when one lacks."""
     if not expected:
         return {}
     mend = "export the model again; heads cannot be recovered from the backbone"
@@ -74,7 +74,7 @@ def read_heads(folder: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
         raise UserError(f"{HEADS_FILE} is missing: {', '.join(expected)} would be random", str(folder), mend) from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{HEADS_FILE} is damaged: {error}", str(folder), mend) from error
-    wanted = {f"{name}.{part}" for name in expected for part in ("weight", "bias")}
+    wanted = {f"{name}.{part}" for name in expected for part in ("weight", "bias")} | set(more)
     if tensors.keys() != wanted:
         missing, surplus = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
         raise UserError(f"heads do not match: missing {missing}, surplus {surplus}", str(folder / HEADS_FILE), mend)

@@ -29,6 +29,7 @@ class ExportMetadata:
         pooling: last | mean; None without heads.
         layers: numbers of the hidden states that the heads read; None: the last one (`models/layers.py`).
         span: all | prompt | response | both: the tokens that are pooled; None without heads.
+        kernel: "gaussian": it stands between pooled states and heads (`models/kernel_map.py`); None: nothing does.
         template: native | paper: the chat format the model was trained in.
         max_length: tokens of prompt + response.
         lineage: parents, oldest first: {"role", "locator", "content_id", ...}.
@@ -51,6 +52,7 @@ class ExportMetadata:
     pooling: str | None = None
     layers: list[int] | None = None
     span: str | None = None
+    kernel: str | None = None
     max_length: int | None = None
     lineage: list[dict[str, Any]] = field(default_factory=list)
     thresholds: dict[str, float] = field(default_factory=dict)
@@ -76,6 +78,8 @@ class ExportMetadata:
             parts.append(self.base.get("content_id"))
         if self.layers is not None or self.span not in (None, "all"):  # left out where exports never had them
             parts.append([self.layers, self.span])
+        if self.kernel is not None:
+            parts.append(self.kernel)
         if self.calibration is not None:
             parts.append([self.categories, self.calibration, self.input])
         return json.dumps(parts, sort_keys=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saferlhf.models.causal import unwrapped
 from saferlhf.models.heads import build_heads, head_widths
+from saferlhf.models.kernel_map import KernelMap
 from saferlhf.models.layers import blocks_of, check_layers, visit_states
 from saferlhf.ops.sequences import POOLINGS, SPANS, pool, position_ids, span_masks
 
@@ -34,6 +35,7 @@ class ScoreModel(nn.Module):
         layers: numbers of the hidden states to read (0 = embeddings, L = after the last block and the final norm);
             None: the last one.
         span: which tokens are pooled: "all", "prompt", "response", or "both" (prompt and response side by side).
+        kernel: stands between the pooled states and the heads, which are then linear in its values; None: nothing does.
 
     Parameter names start with `trunk.` and `heads.<name>.`.
     """
@@ -46,6 +48,7 @@ class ScoreModel(nn.Module):
         seed: int = 0,
         layers: Sequence[int] | None = None,
         span: str = "all",
+        kernel: KernelMap | None = None,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
@@ -55,7 +58,8 @@ class ScoreModel(nn.Module):
         self.trunk = trunk
         self.pooling, self.span = pooling, span
         self.layers = None if layers is None else check_layers(layers, len(blocks_of(trunk)), "layers")
-        width = feature_width(hidden_size(trunk), self.layers, span)
+        self.kernel = kernel
+        width = feature_width(hidden_size(trunk), self.layers, span) if kernel is None else kernel.width
         self.heads = heads if isinstance(heads, nn.ModuleDict) else build_heads(width, heads, seed)
         self._takes_positions = "position_ids" in inspect.signature(unwrapped(trunk).forward).parameters
         self._first_position = first_position(trunk)
@@ -79,8 +83,12 @@ class ScoreModel(nn.Module):
         Returns:
             head name -> (S, n) float32.
         """
-        pooled = self.pooled(input_ids, attention_mask, response_mask)  # (S, F)
-        return {name: head(pooled) for name, head in self.heads.items()}
+        return self.scores(self.pooled(input_ids, attention_mask, response_mask))
+
+    def scores(self, pooled: Tensor) -> dict[str, Tensor]:
+        """Head name -> (S, n) float32 of pooled states (S, F)."""
+        seen = pooled if self.kernel is None else self.kernel(pooled)
+        return {name: head(seen) for name, head in self.heads.items()}
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor | None = None) -> Tensor:
         """(S, F) what the heads read; arguments as in `forward`."""

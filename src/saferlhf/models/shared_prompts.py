@@ -11,7 +11,7 @@ position is that in its own row: the numbers are those of rows by themselves up 
 answers per prompt in SmolLM2's template, has a quarter fewer tokens this way.
 
 Only for models that are causal; whether that holds, and the model minds its masks and positions, is checked against the
-plain way on the first, longest rows (`agrees`).
+plain way on the first, longest rows (`evaluation/features.py`).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _pack(rows: Sequence[int], rest: Ids, sequences: Sequence[Ids], prompt: int,
 
 
 def pack_batches(packs: Sequence[Pack], batch_tokens: int) -> list[list[Pack]]:
-    """Packs of one prefix and similar length together, `batch_tokens` tokens with padding at most, one pack at least."""
+    """Packs of one prefix and similar length together: one at least, `batch_tokens` tokens with padding at most."""
     batches: list[list[Pack]] = []
     for pack in packs:
         batch = batches[-1] if batches else []
@@ -156,8 +156,8 @@ class SharedPrompts:
         self._cache: Any = None
         self._prefix_sums: dict[int, Tensor] = {}  # layer -> (H,)
 
-    def features(self, packs: Sequence[Pack]) -> tuple[list[int], Tensor]:
-        """Row numbers of the packs, in their order, and (rows, layers, 2, H) float32 features."""
+    def features(self, packs: Sequence[Pack]) -> Tensor:
+        """(rows, layers, 2, H) float32 features of the packs' rows, in their order; all packs of one prefix."""
         known = packs[0].prefix
         if known and self._cache is None:
             self._run_prefix()
@@ -187,8 +187,7 @@ class SharedPrompts:
         stacked = torch.stack([parts for parts in found if parts is not None], dim=2)  # (B, 1 + R, layers, H)
         rows = [(b, r) for b, pack in enumerate(packs) for r in range(len(pack.rows))]
         at = torch.tensor(rows, device=self.device)
-        both = torch.stack([stacked[at[:, 0], 0], stacked[at[:, 0], at[:, 1] + 1]], dim=2)  # (rows, layers, 2, H)
-        return [row for pack in packs for row in pack.rows], both
+        return torch.stack([stacked[at[:, 0], 0], stacked[at[:, 0], at[:, 1] + 1]], dim=2)  # (rows, layers, 2, H)
 
     # -------------------------------------------------------------------------------------------- one pass
     def _run_prefix(self) -> None:
@@ -251,7 +250,7 @@ class SharedPrompts:
         return parts.float() / full.clamp_min(1)
 
 
-def agrees(one: Tensor, other: Tensor) -> float:
+def relative_difference(one: Tensor, other: Tensor) -> float:
     """Largest relative difference of two sets of features (rows, layers, 2, H), in the norm over H."""
     size = torch.maximum(one.norm(dim=-1), other.norm(dim=-1))
     return float(((one - other).norm(dim=-1) / size.clamp_min(1e-6)).max())

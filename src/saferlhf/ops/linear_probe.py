@@ -82,6 +82,10 @@ class Basis:
         axes = rows.T @ (left[:, keep] / (n * energy[keep]).sqrt())  # (F, R)
         return cls(mean, scale, axes.flip(1).contiguous(), energy[keep].flip(0).double().numpy())
 
+    def leading(self, count: int) -> Basis:
+        """The first axes only, those with most energy."""
+        return Basis(self.mean, self.scale, self.axes[:, :count].contiguous(), self.energy[:count])
+
     def project(self, x: NDArray[np.float32]) -> Tensor:
         """(N, F) rows -> (N, R) float32 along the axes."""
         return torch.from_numpy((x - self.mean) / self.scale).float() @ self.axes

@@ -51,7 +51,7 @@ class JudgedModel:
         if self._loaded is None:
             import torch
 
-            from saferlhf.models.export import load_export
+            from saferlhf.models.loading import load_export
             from saferlhf.run.plan import device_kind
 
             device = torch.device("cuda" if device_kind(config.trainer.accelerator) == "gpu" else "cpu")

@@ -60,8 +60,8 @@ def _scores(prepared: PreparedRun, split: str) -> dict[str, Tensor]:
     assert task.fit_result is not None
     features = split_features(prepared, split, task.candidates())
     rows = torch.from_numpy(features.matrix(task.fit_result.layers, prepared.config.task.span))
-    heads = task.score_model.heads.to("cpu")
-    return {name: head(rows) for name, head in heads.items()}
+    with torch.no_grad():
+        return task.score_model.to("cpu").scores(rows)
 
 
 def _export_difference(prepared: PreparedRun) -> float:

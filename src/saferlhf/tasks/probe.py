@@ -15,6 +15,7 @@ from torch import nn
 
 from saferlhf.errors import UserError
 from saferlhf.models.heads import ScoreHead
+from saferlhf.models.kernel_map import KernelMap
 from saferlhf.models.layers import check_layers, layer_count
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.ops.linear_probe import HeadWeights
@@ -46,7 +47,10 @@ class ProbeTask(ModeratorTask):
         task = self.config.task
         self.fit_result = fit
         heads = score_heads(fit.heads)
-        model = ScoreModel(self.score_model.trunk, heads, pooling=task.pooling, layers=fit.layers, span=task.span)
+        kernel = None if fit.kernel is None else KernelMap.of(fit.kernel)
+        model = ScoreModel(
+            self.score_model.trunk, heads, pooling=task.pooling, layers=fit.layers, span=task.span, kernel=kernel
+        )
         self.model = model.requires_grad_(False).eval()
 
 

@@ -10,6 +10,9 @@ Everything is chosen on the training rows, by the loss of rows that a fit has no
    1 = nothing learned. It ends when a larger set gains less than `LEAST_GAIN`; the best set wins, and each head has its
    own penalty.
 
+With `kernel.name: gaussian` the chosen layers are cross-validated once more through a kernel of their states
+(`ops/kernel.py`), with penalties of its own scale; that fit is taken if its loss is less.
+
 The heads are then fitted on all training rows and folded with the standardisation into plain linear maps. The
 out-of-fold outputs of the winner are what temperatures and thresholds are fitted on: as many rows as there are for
 training, and none of them seen by the heads that judged it.
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from saferlhf.config.schema import ProbeConfig
 from saferlhf.evaluation.features import RowFeatures
+from saferlhf.ops.kernel import KernelBasis
 from saferlhf.ops.linear_probe import (
     Basis,
     CrossValidation,
@@ -60,6 +64,7 @@ class Tried:
         loss: head name -> mean out-of-fold loss of a row.
         relative: the losses relative to those of the base rates, averaged over heads by their weights.
         l2: head name -> penalty; of an average of layers, the first layer's.
+        kernel: whether the heads are linear in a kernel of the states, not in the states.
         scores: head name -> (N, n) out-of-fold outputs.
         seconds: that it took.
     """
@@ -70,11 +75,13 @@ class Tried:
     l2: dict[str, float]
     scores: dict[str, Tensor]
     seconds: float
+    kernel: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, without the outputs."""
         return {
             "layers": list(self.layers),
+            "kernel": self.kernel,
             "relative_loss": self.relative,
             "loss": self.loss,
             "l2": self.l2,
@@ -88,7 +95,9 @@ class ProbeFit:
 
     Attributes:
         layers: that the heads read.
-        heads: head name -> weight (n, F) and bias (n,), on pooled hidden states as they are.
+        heads: head name -> weight (n, F) and bias (n,), on pooled hidden states as they are; with a kernel (n, M), on
+            its values.
+        kernel: stands between states and heads; None: nothing does.
         scores: head name -> (N, n) out-of-fold outputs of the training rows.
         chosen: the set of layers that won.
         tried: all of them, in order.
@@ -101,6 +110,7 @@ class ProbeFit:
     chosen: Tried
     tried: tuple[Tried, ...]
     rough: dict[int, dict[str, float]]
+    kernel: KernelBasis | None = None
 
 
 def fit_probe(
@@ -123,8 +133,13 @@ def fit_probe(
     """
     search = _Search(features, targets, sizes, task, folds, say)
     chosen = search.grow() if task.layers == "auto" else search.together(features.layers)
-    heads = search.final(chosen)
-    return ProbeFit(chosen.layers, heads, chosen.scores, chosen, tuple(search.tried), search.rough)
+    kernel = None
+    if task.kernel.name == "gaussian":
+        through, basis = search.through_kernel(chosen.layers)
+        if through.relative < chosen.relative:
+            chosen, kernel = through, basis
+    heads = search.final(chosen) if kernel is None else search.on_kernel(kernel, chosen)
+    return ProbeFit(chosen.layers, heads, chosen.scores, chosen, tuple(search.tried), search.rough, kernel)
 
 
 class _Search:
@@ -200,9 +215,31 @@ class _Search:
         found: CrossValidation = cross_validate(z, basis.energy, self.targets, self.sizes, self.folds, self.penalties)
         return self._tried(layers, found.scores, found.l2, started)
 
-    def _tried(self, layers: tuple[int, ...], scores: dict[str, Tensor], l2: dict[str, float], started: float) -> Tried:
+    # -------------------------------------------------------------------------------------------- kernel
+    def through_kernel(self, layers: tuple[int, ...]) -> tuple[Tried, KernelBasis]:
+        """A kernel of the chosen layers, cross-validated with its own penalties."""
+        started, kernel = time.monotonic(), self.task.kernel
+        x = self.features.matrix(layers, self.task.span)
+        basis = KernelBasis.of(x, gamma=kernel.gamma, axes=kernel.axes, rank=kernel.rank, most=kernel.landmarks)
+        z, penalties = basis.project(x), [float(l2) for l2 in kernel.l2]
+        found = cross_validate(z, basis.energy, self.targets, self.sizes, self.folds, penalties)
+        return self._tried(layers, found.scores, found.l2, started, kernel=True), basis
+
+    def on_kernel(self, basis: KernelBasis, chosen: Tried) -> HeadWeights:
+        """Heads on kernel values, fitted on all rows."""
+        z = basis.project(self.features.matrix(chosen.layers, self.task.span))
+        return basis.unfold(fit_heads(z, basis.energy, self.targets, self.sizes, chosen.l2))
+
+    def _tried(
+        self,
+        layers: tuple[int, ...],
+        scores: dict[str, Tensor],
+        l2: dict[str, float],
+        started: float,
+        kernel: bool = False,
+    ) -> Tried:
         loss = head_losses(scores, self.targets)
-        tried = Tried(layers, loss, self.relative(loss), l2, scores, time.monotonic() - started)
+        tried = Tried(layers, loss, self.relative(loss), l2, scores, time.monotonic() - started, kernel)
         self.tried.append(tried)
         self.say(_line(tried))
         return tried
@@ -250,4 +287,5 @@ def _base_rates(name: str, size: int, targets: Targets) -> Tensor:
 
 def _line(tried: Tried) -> str:
     layers = ", ".join(map(str, tried.layers))
-    return f"  layers {layers}: relative loss {tried.relative:.4f}"
+    through = " through a kernel" if tried.kernel else ""
+    return f"  layers {layers}{through}: relative loss {tried.relative:.4f}"
