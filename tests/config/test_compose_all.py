@@ -11,7 +11,7 @@ from command_lines import composed
 from omegaconf import DictConfig, OmegaConf
 
 from saferlhf.config.paths import conf_dir
-from saferlhf.config.schema import TASKS
+from saferlhf.config.task_schema import TASKS
 from saferlhf.config.validate import DIFF_GROUPS, evaluate_config, pipeline_config, train_config
 from saferlhf.pipeline.stages import Stages
 from saferlhf.run.prepare import checked

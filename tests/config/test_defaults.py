@@ -6,7 +6,8 @@ import pytest
 from command_lines import composed
 
 from saferlhf.config.defaults import FROM_SCRATCH_LR, TOYWORLD_ROWS, fill_defaults
-from saferlhf.config.schema import TASKS, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import TASKS
 from saferlhf.config.validate import train_config
 
 

@@ -15,7 +15,8 @@ import pytest
 from command_lines import config, finish
 
 from saferlhf.config.identity import HASH_LENGTH, identity_tree, run_hash
-from saferlhf.config.schema import TASKS, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import TASKS
 from saferlhf.errors import UserError
 from saferlhf.run.prepare import locate_run
 

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from saferlhf.config.checks import check_config
 from saferlhf.config.defaults import fill_defaults
-from saferlhf.config.schema import ModeratorConfig, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import ModeratorConfig
 from saferlhf.config.validate import train_config
 from saferlhf.errors import UserError
 from saferlhf.models.moderator import LINKS

@@ -12,6 +12,7 @@ import yaml
 
 from saferlhf.config import schema
 from saferlhf.config.paths import conf_dir
+from saferlhf.config.task_schema import TASKS
 from saferlhf.config.validate import DIFF_GROUPS, RUNNER_KEYS
 
 CONF = conf_dir()
@@ -28,7 +29,7 @@ def group_fields(cls: type) -> dict[str, type]:
 def schema_of(group: str, option: str) -> type:
     """The dataclass of a group's option."""
     if group == "task":
-        return schema.TASKS[option]
+        return TASKS[option]
     if group == "pipeline":
         return schema.PipelineConfig
     level: dict[str, type] = {**group_fields(schema.EvaluateConfig), **group_fields(schema.TrainConfig)}
@@ -109,7 +110,7 @@ def test_every_folder_is_a_group_of_some_command() -> None:
 
 
 def test_tasks_are_those_of_conf() -> None:
-    assert set(schema.TASKS) == {file.stem for file in (CONF / "task").glob("*.yaml")}
+    assert set(TASKS) == {file.stem for file in (CONF / "task").glob("*.yaml")}
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)

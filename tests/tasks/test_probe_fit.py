@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from saferlhf.config.schema import KernelConfig, ProbeConfig
+from saferlhf.config.task_schema import KernelConfig, ProbeConfig
 from saferlhf.evaluation.features import RowFeatures
 from saferlhf.models.feature_store import FeatureStore, row_key
 from saferlhf.models.kernel_map import KernelMap

@@ -6,16 +6,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from saferlhf.config.schema import (
-    DataConfig,
-    EvaluateConfig,
-    EvaluationConfig,
-    KernelConfig,
-    ModerationConfig,
-    ProbeConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from saferlhf.config.schema import DataConfig, EvaluateConfig, EvaluationConfig, TrainConfig, TrainerConfig
+from saferlhf.config.task_schema import KernelConfig, ModerationConfig, ProbeConfig
 from saferlhf.errors import UserError
 
 PROTOCOLS = ("preference", "moderation")

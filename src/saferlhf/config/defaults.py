@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from saferlhf.config.schema import ModerationConfig, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import ModerationConfig
 
 FROM_SCRATCH_LR = {"sft": 2e-3, "reward": 1e-3, "cost": 1e-3, "moderator": 1e-3}
 FULL_LR = 2e-5

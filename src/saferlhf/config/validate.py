@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
+import typing
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from saferlhf.config import schema
+from saferlhf.config.task_schema import TASKS
 from saferlhf.errors import UserError
 
 Schema = TypeVar("Schema")
@@ -89,13 +92,13 @@ def train_config(composed: DictConfig) -> schema.TrainConfig:
         tree.pop(key, None)
     task = tree.pop("task", None)
     if not isinstance(task, dict) or "name" not in task:
-        raise UserError("no task is named", "task", f"choose one: task={'|'.join(schema.TASKS)}")
+        raise UserError("no task is named", "task", f"choose one: task={'|'.join(TASKS)}")
     task_name = str(task["name"])
-    task_schema = schema.TASKS.get(task_name)
+    task_schema = TASKS.get(task_name)
     if task_schema is None:
-        raise UserError(f"unknown task '{task_name}'", "task.name", suggestion(task_name, schema.TASKS))
+        raise UserError(f"unknown task '{task_name}'", "task.name", suggestion(task_name, TASKS))
     # validated one level down, so that messages carry the group's name
-    groups = {f.name: _schema_of(f) for f in dataclasses.fields(schema.TrainConfig)}
+    groups = _groups_of(schema.TrainConfig)
     for name, node in [(str(key), value) for key, value in tree.items()]:
         cls = groups.get(name)
         if cls is not None:
@@ -137,10 +140,14 @@ def suggestion(word: str, known: Any) -> str:
     return "known: " + ", ".join(names)
 
 
-def _schema_of(f: dataclasses.Field[Any]) -> type | None:
-    """The dataclass behind a TrainConfig field, if it is a config group."""
-    cls = getattr(schema, str(f.type), None)
-    return cls if isinstance(cls, type) and dataclasses.is_dataclass(cls) else None
+@functools.cache
+def _groups_of(cls: type) -> dict[str, type | None]:
+    """Field -> the dataclass it holds, None for a plain value; wherever these dataclasses are written."""
+    kinds = {f.name: typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+    return {
+        name: kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+        for name, kind in kinds.items()
+    }
 
 
 def known_keys(dotted: str, root: type = schema.TrainConfig) -> list[str]:
@@ -165,11 +172,11 @@ def in_plain_words(text: str) -> str:
 
 def _schemas_of(parent: type, name: str) -> list[type]:
     if parent is schema.TrainConfig and name == "task":
-        return list(schema.TASKS.values())
+        return list(TASKS.values())
     if parent is schema.TrainConfig and name == "pipeline":
         return [schema.PipelineConfig]
-    found = [_schema_of(f) for f in dataclasses.fields(parent) if f.name == name]
-    return [cls for cls in found if cls is not None]
+    found = _groups_of(parent).get(name)
+    return [] if found is None else [found]
 
 
 def _unknown_key(cls: type, where: str, error: ConfigKeyError) -> UserError:

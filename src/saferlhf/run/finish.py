@@ -10,7 +10,8 @@ import yaml
 
 from saferlhf import __version__
 from saferlhf.config.files import write_json, write_text
-from saferlhf.config.schema import ModerationConfig, ProbeConfig, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.data.report_tables import data_markdown
 from saferlhf.evaluation.report import write_report
 from saferlhf.models.card import model_card

@@ -10,7 +10,8 @@ import time
 from typing import Any
 
 from saferlhf.config.files import write_json
-from saferlhf.config.schema import ProbeConfig, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import ProbeConfig
 from saferlhf.data.encode import EncodedAnswers
 from saferlhf.data.splits import prompt_key
 from saferlhf.errors import UserError

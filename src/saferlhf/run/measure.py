@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from saferlhf.config.schema import EvaluationConfig, ModerationConfig, ProbeConfig
+from saferlhf.config.schema import EvaluationConfig
+from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.data.encode import Encoded
 from saferlhf.data.rows import PreferencePair
 from saferlhf.evaluation.plots import score_histograms

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from saferlhf.config.schema import ModerationConfig, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import ModerationConfig
 from saferlhf.data.encode import EncodedAnswers
 from saferlhf.data.rows import QuestionAnswer, prompt_text
 from saferlhf.evaluation.moderate import moderate_rows

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from saferlhf.config.run_folder import FINISHED, RunFolder
-from saferlhf.config.schema import ProbeConfig, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import ProbeConfig
 from saferlhf.errors import UserError
 from saferlhf.run.rows import EncodedSplits
 from saferlhf.run.trainer import micro_batch_size, validation_interval

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from saferlhf.config.schema import DataPolicyConfig, ModerationConfig, TrainConfig
+from saferlhf.config.schema import DataPolicyConfig, TrainConfig
+from saferlhf.config.task_schema import ModerationConfig
 from saferlhf.data.build import Splits, build_data
 from saferlhf.data.encode import Encoded, EncodedAnswers, EncodedPairs, Encoder
 from saferlhf.data.labels import categories_of, labels_of, prompts_of

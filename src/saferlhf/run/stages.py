@@ -12,7 +12,8 @@ import torch
 from hydra.utils import get_class
 
 from saferlhf.config.run_folder import RunFolder
-from saferlhf.config.schema import ModerationConfig, ProbeConfig, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.data.build import Splits
 from saferlhf.data.loader import EvalLoader, StepLoader
 from saferlhf.errors import TrainingDiverged, UserError

@@ -14,7 +14,8 @@ import yaml
 
 from saferlhf.config.files import read_json, write_json, write_text
 from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
-from saferlhf.config.schema import ProbeConfig, TrainConfig
+from saferlhf.config.schema import TrainConfig
+from saferlhf.config.task_schema import ProbeConfig
 from saferlhf.errors import UserError
 from saferlhf.run.log import RunLog
 from saferlhf.run.prepare import LocatedRun, checked, locate_run

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saferlhf.config.schema import ModerationConfig
+from saferlhf.config.task_schema import ModerationConfig
 from saferlhf.data.batches import AnswerBatch
 from saferlhf.errors import UserError
 from saferlhf.models.moderator import head_sizes, logits_of, start_from_base_rates, tie_increments

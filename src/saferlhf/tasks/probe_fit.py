@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saferlhf.config.schema import ProbeConfig
+from saferlhf.config.task_schema import ProbeConfig
 from saferlhf.evaluation.features import RowFeatures
 from saferlhf.ops.kernel import KernelBasis
 from saferlhf.ops.linear_probe import (
