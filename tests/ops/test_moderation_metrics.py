@@ -106,7 +106,8 @@ def test_severity_as_scikit_learn(case):
     agree(found["macro_f1"], sk.f1_score(y, p, average="macro"))
     agree(found["mae"], sk.mean_absolute_error(y, p))
     if len(set(y) | set(p)) > 1:
-        agree(found["quadratic_kappa"], sk.cohen_kappa_score(y, p, weights="quadratic"))
+        levels = [0, 1, 2, 3]  # all of them: between 0 and 3 lie two steps, whichever levels occur
+        agree(found["quadratic_kappa"], sk.cohen_kappa_score(y, p, labels=levels, weights="quadratic"))
     else:
         assert np.isnan(found["quadratic_kappa"])
     recalls = sk.recall_score(y, p, labels=[0, 1, 2, 3], average=None, zero_division=np.nan)
