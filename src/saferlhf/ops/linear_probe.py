@@ -29,19 +29,36 @@ from saferlhf.ops.moderation import ModerationLabels
 from saferlhf.ops.moderation_losses import LossWeights, moderation_terms
 
 Floats = NDArray[np.float64]
+from saferlhf.ops.threads import one_thread, side_by_side
 
 CURVATURE = 0.1
 """Typical p (1 - p) of a row; only the speed depends on it."""
 
 MAX_STEPS = 500
 GRADIENT_TOLERANCE = 1e-6
-LEAST_GAIN, ROUGH_GAIN = 1e-10, 1e-7
+LEAST_GAIN, ROUGH_GAIN = 1e-10, 1e-5
 """Relative gain in J by which a step must improve it, else the fit is done; the second in cross-validation."""
+
+NEGLIGIBLE = 0.02
+"""In cross-validation an axis is left out while the penalty holds its weight below this share of what it would be."""
 
 ORDINARY = LossWeights()
 
 HeadWeights = dict[str, tuple[Floats, Floats]]
 """Head name -> weight (n, width) and bias (n,)."""
+
+
+def moments(x: NDArray[np.float32]) -> tuple[Floats, Floats]:
+    """(F,) mean and (F,) standard deviation of rows (N, F); a feature that is constant there has 1."""
+    mean = x.mean(axis=0, dtype=np.float64)
+    scale = x.std(axis=0, dtype=np.float64)
+    scale[scale <= 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
+    return mean, scale
+
+
+def standardised(x: NDArray[np.float32], mean: Floats, scale: Floats) -> Tensor:
+    """(N, F) float32 rows of mean 0 and variance 1."""
+    return torch.from_numpy((x - mean) / scale).float()
 
 
 @dataclass(frozen=True)
@@ -67,17 +84,15 @@ class Basis:
             x: (N, F) training rows.
             floor: axes with less energy are left out; the mean energy of all F axes is 1.
         """
-        mean = x.mean(axis=0, dtype=np.float64)
-        scale = x.std(axis=0, dtype=np.float64)
-        scale[scale <= 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
-        rows = torch.from_numpy((x - mean) / scale).float()  # (N, F)
+        mean, scale = moments(x)
+        rows = standardised(x, mean, scale)  # (N, F)
         n, width = rows.shape
         least = max(floor, 1e-6)  # below that float32 tells no directions apart
         if width <= n:
-            energy, axes = torch.linalg.eigh(rows.T @ rows / n)
+            energy, axes = _eigh(rows.T @ rows / n)
             keep = energy > least
             return cls(mean, scale, axes[:, keep].flip(1).contiguous(), energy[keep].flip(0).double().numpy())
-        energy, left = torch.linalg.eigh(rows @ rows.T / n)
+        energy, left = _eigh(rows @ rows.T / n)
         keep = energy > least
         axes = rows.T @ (left[:, keep] / (n * energy[keep]).sqrt())  # (F, R)
         return cls(mean, scale, axes.flip(1).contiguous(), energy[keep].flip(0).double().numpy())
@@ -88,7 +103,7 @@ class Basis:
 
     def project(self, x: NDArray[np.float32]) -> Tensor:
         """(N, F) rows -> (N, R) float32 along the axes."""
-        return torch.from_numpy((x - self.mean) / self.scale).float() @ self.axes
+        return standardised(x, self.mean, self.scale) @ self.axes
 
     def unfold(self, heads: HeadWeights) -> HeadWeights:
         """Heads on rows as they are, before standardising: equal outputs, F wide."""
@@ -98,6 +113,12 @@ class Basis:
             on_features = (weight @ axes.T) / self.scale  # (n, F)
             plain[name] = (on_features, bias - on_features @ self.mean)
         return plain
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    with one_thread():  # which gains next to nothing by a second one
+        energy, axes = torch.linalg.eigh(matrix)
+    return energy, axes
 
 
 @dataclass(frozen=True)
@@ -253,10 +274,17 @@ def cross_validate(
     chosen: dict[str, Tensor] = {}
     for l2 in sorted(penalties, reverse=True):
         scores = {name: torch.zeros(len(z), size, dtype=torch.float64) for name, size in sizes.items()}
-        for k, (rows, labels, outside, held_out) in enumerate(parts):
-            heads = fit_heads(rows, energy, labels, sizes, dict.fromkeys(sizes, l2), starts[k], ROUGH_GAIN)
-            starts[k] = heads
-            for name, values in apply_heads(heads, held_out).items():
+        axes = max(1, int((energy > NEGLIGIBLE * l2 / CURVATURE).sum()))
+
+        def fitted(k: int, l2: float = l2, axes: int = axes) -> HeadWeights:
+            rows, labels, _, _ = parts[k]
+            start, penalty = _widened(starts[k], axes), dict.fromkeys(sizes, l2)
+            return fit_heads(rows[:, :axes].contiguous(), energy[:axes], labels, sizes, penalty, start, ROUGH_GAIN)
+
+        starts = list(side_by_side(fitted, range(len(parts))))
+        for heads, (_, _, outside, held_out) in zip(starts, parts, strict=True):
+            assert heads is not None
+            for name, values in apply_heads(heads, held_out[:, :axes]).items():
                 scores[name][outside] = values
         losses = head_losses(scores, targets)
         path[l2] = losses
@@ -266,6 +294,13 @@ def cross_validate(
         if not gained:
             break
     return CrossValidation(best, {name: path[best[name]][name] for name in sizes}, path, chosen)
+
+
+def _widened(heads: HeadWeights | None, width: int) -> HeadWeights | None:
+    """The same heads on more axes."""
+    if heads is None:
+        return None
+    return {name: (np.pad(w, ((0, 0), (0, width - w.shape[1]))), bias) for name, (w, bias) in heads.items()}
 
 
 def head_losses(scores: Mapping[str, Tensor], targets: Targets) -> dict[str, float]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saferlhf.ops.linear_probe import CURVATURE, Targets
+from saferlhf.ops.threads import side_by_side
 
 Ints = NDArray[np.int64]
 
@@ -53,17 +54,21 @@ def ridge_out_of_fold(z: Tensor, y: Mapping[str, Tensor], folds: Ints, l2: Seque
     """
     joined = torch.cat([values.nan_to_num(0.0) for values in y.values()], dim=1)  # no label: no pull
     parts = [torch.from_numpy(np.flatnonzero(folds == fold)) for fold in np.unique(folds)]
-    grams = [z[at].T @ z[at] for at in parts]
+    grams = side_by_side(lambda at: z[at].T @ z[at], parts)
     products = [z[at].T @ joined[at] for at in parts]
     gram, product = torch.stack(grams).sum(dim=0), torch.stack(products).sum(dim=0)
     predicted = [torch.zeros_like(joined) for _ in l2]
-    for at, own_gram, own_product in zip(parts, grams, products, strict=True):
+
+    def solve(fold: int) -> None:
+        at = parts[fold]
         n = len(z) - len(at)
-        others, right = (gram - own_gram) / n, (product - own_product) / n
+        others, right = (gram - grams[fold]) / n, (product - products[fold]) / n
         for index, penalty in enumerate(l2):
             ridge = others.clone()
             ridge.diagonal().add_(penalty / CURVATURE)
             predicted[index][at] = z[at] @ torch.cholesky_solve(right, torch.linalg.cholesky(ridge))
+
+    side_by_side(solve, range(len(parts)))
     widths = [values.shape[1] for values in y.values()]
     by_penalty = [dict(zip(y, p.split(widths, dim=1), strict=True)) for p in predicted]
     errors = [relative_errors(scores, y) for scores in by_penalty]

@@ -141,6 +141,6 @@ def _record(fit: ProbeFit, features: RowFeatures, seconds: float) -> dict[str, A
         "loss": fit.chosen.loss,
         "seconds": round(seconds, 1),
         "features": str(features.store.folder),
-        "layers_by_ridge_regression": {str(layer): errors for layer, errors in fit.rough.items()},
+        "ridge_regression": {",".join(map(str, layers)): errors for layers, errors in fit.rough.items()},
         "tried": [tried.to_dict() for tried in fit.tried],
     }
