@@ -27,9 +27,9 @@ from torch import Tensor
 
 from saferlhf.ops.moderation import ModerationLabels
 from saferlhf.ops.moderation_losses import LossWeights, moderation_terms
+from saferlhf.ops.threads import one_thread, side_by_side
 
 Floats = NDArray[np.float64]
-from saferlhf.ops.threads import one_thread, side_by_side
 
 CURVATURE = 0.1
 """Typical p (1 - p) of a row; only the speed depends on it."""
@@ -276,14 +276,19 @@ def cross_validate(
         scores = {name: torch.zeros(len(z), size, dtype=torch.float64) for name, size in sizes.items()}
         axes = max(1, int((energy > NEGLIGIBLE * l2 / CURVATURE).sum()))
 
-        def fitted(k: int, l2: float = l2, axes: int = axes) -> HeadWeights:
-            rows, labels, _, _ = parts[k]
-            start, penalty = _widened(starts[k], axes), dict.fromkeys(sizes, l2)
-            return fit_heads(rows[:, :axes].contiguous(), energy[:axes], labels, sizes, penalty, start, ROUGH_GAIN)
+        penalty = dict.fromkeys(sizes, l2)
 
-        starts = list(side_by_side(fitted, range(len(parts))))
-        for heads, (_, _, outside, held_out) in zip(starts, parts, strict=True):
-            assert heads is not None
+        def fitted(
+            fold: tuple[Tensor, Targets, HeadWeights | None], axes: int = axes, penalty: dict[str, float] = penalty
+        ) -> HeadWeights:
+            rows, labels, start = fold
+            rows = rows[:, :axes].contiguous()
+            return fit_heads(rows, energy[:axes], labels, sizes, penalty, _widened(start, axes), ROUGH_GAIN)
+
+        folded = [(rows, labels, start) for (rows, labels, _, _), start in zip(parts, starts, strict=True)]
+        fits = side_by_side(fitted, folded)
+        starts = list(fits)
+        for heads, (_, _, outside, held_out) in zip(fits, parts, strict=True):
             for name, values in apply_heads(heads, held_out[:, :axes]).items():
                 scores[name][outside] = values
         losses = head_losses(scores, targets)
