@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -59,7 +60,8 @@ GOOD = [
 
 @pytest.mark.parametrize("override", GOOD)
 def test_what_the_maths_knows_is_allowed(override: str, tree: DictConfig) -> None:
-    Objectives(**vars(moderator(tree, override).task.objectives))
+    objectives = vars(moderator(tree, override).task.objectives)
+    assert asdict(Objectives(**objectives)) == objectives
 
 
 BAD: list[tuple[list[str], str]] = [

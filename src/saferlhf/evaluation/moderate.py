@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saferlhf.data.batches import tokens_of
 from saferlhf.data.encode import EncodedAnswers
-from saferlhf.data.loader import EvalLoader
-from saferlhf.evaluation.score import evaluating
+from saferlhf.evaluation.score import head_outputs
 from saferlhf.models.moderator import logits_of
 from saferlhf.ops.moderation import ModerationLogits
 
@@ -41,18 +38,13 @@ def moderate_rows(
     Raises:
         UserError: no rows.
     """
-    device = next(model.parameters()).device
     found: dict[str, Tensor] = {}
     done = 0
-    with evaluating(model, autocast=autocast):
-        loader: EvalLoader[Any] = EvalLoader(data, batch_size=batch_size)
-        for item in loader:
-            tokens = tokens_of(item.batch).to(device)
-            scores = model(tokens.input_ids, tokens.attention_mask, tokens.response_mask)  # head -> (b, n)
-            for head, values in scores.items():
-                rows = found.setdefault(head, torch.full((len(data), values.shape[1]), torch.nan))
-                rows[torch.from_numpy(item.indices)] = values.float().cpu()
-            done += len(item.indices)
-            if progress is not None:
-                progress(done)
+    for rows, scores in head_outputs(model, data, batch_size=batch_size, autocast=autocast):
+        for head, values in scores.items():
+            whole = found.setdefault(head, torch.full((len(data), values.shape[1]), torch.nan))
+            whole[torch.from_numpy(rows)] = values
+        done += len(rows)
+        if progress is not None:
+            progress(done)
     return logits_of(found)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from saferlhf.data.batches import tokens_of
 from saferlhf.data.encode import EncodedAnswers, EncodedPairs
@@ -29,23 +29,34 @@ def score_rows(
     The model is put into eval mode for the pass and back afterwards.
 
     Args:
-        model: maps `input_ids` and `attention_mask` to a dict of (S, 1) scores, on the device it is to run on.
+        model: a `ScoreModel`, on the device it is to run on.
         data: encoded rows.
         head: which score.
         batch_size: rows per forward pass.
         autocast: compute in bfloat16.
     """
-    device = next(model.parameters()).device
     pairs = isinstance(data, EncodedPairs)
     scores = np.full((len(data), 2) if pairs else len(data), np.nan)
+    for rows, found in head_outputs(model, data, batch_size=batch_size, autocast=autocast):
+        flat = found[head].squeeze(-1).numpy()  # (S,)
+        scores[rows] = flat.reshape(2, -1).T if pairs else flat
+    return scores
+
+
+def head_outputs(
+    model: nn.Module, data: EncodedPairs | EncodedAnswers, *, batch_size: int, autocast: bool
+) -> Iterator[tuple[NDArray[np.integer[Any]], dict[str, Tensor]]]:
+    """One pass over the rows, batch by batch: row numbers (B,), and head name -> (S, n) float32 on the CPU.
+
+    The model is in eval mode during the pass and put back afterwards. Arguments as in `score_rows`.
+    """
+    device = next(model.parameters()).device
     with evaluating(model, autocast=autocast):
         loader: EvalLoader[Any] = EvalLoader(data, batch_size=batch_size)
         for item in loader:
-            batch = item.batch.to(device)
-            tokens = tokens_of(batch)
-            flat = model(tokens.input_ids, tokens.attention_mask)[head].squeeze(-1).float().cpu().numpy()  # (S,)
-            scores[item.indices] = flat.reshape(2, -1).T if pairs else flat
-    return scores
+            tokens = tokens_of(item.batch).to(device)
+            found = model(tokens.input_ids, tokens.attention_mask, tokens.response_mask)
+            yield item.indices, {head: values.float().cpu() for head, values in found.items()}
 
 
 @contextmanager
