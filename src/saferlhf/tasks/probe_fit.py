@@ -138,10 +138,10 @@ def fit_probe(
     chosen = search.grow() if task.layers == "auto" else search.together(features.layers)
     kernel = None
     if task.kernel.name == "gaussian":
-        through, basis = search.through_kernel(chosen.layers)
+        through, basis, z = search.through_kernel(chosen.layers)
         if through.relative < chosen.relative:
             chosen, kernel = through, basis
-    heads = search.final(chosen) if kernel is None else search.on_kernel(kernel, chosen)
+    heads = search.final(chosen) if kernel is None else search.on_kernel(kernel, z, chosen)
     return ProbeFit(chosen.layers, heads, chosen.scores, chosen, tuple(search.tried), search.rough, kernel)
 
 
@@ -165,6 +165,7 @@ class _Search:
             folds,
             say,
         )
+        self.weights: dict[str, float] = {name: getattr(targets.weights, name) for name in self.sizes}
         self.tried: list[Tried] = []
         self.singles: dict[int, Tried] = {}
         self.rough: dict[tuple[int, ...], dict[str, float]] = {}
@@ -176,10 +177,9 @@ class _Search:
     # -------------------------------------------------------------------------------------------- sets of layers
     def grow(self) -> Tried:
         """The set that growing ends with, cross-validated exactly."""
-        weights = {name: getattr(self.targets.weights, name) for name in self.sizes}
         y = ridge_targets(self.targets, list(self.sizes))
         singles = {layer: self._ridge((layer,), y) for layer in self.features.layers}
-        order = order_by_average(singles, y, weights, SET_SIZES[-1])
+        order = order_by_average(singles, y, self.weights, SET_SIZES[-1])
         self.say(f"  layers by ridge regression: {', '.join(map(str, order))}")
         best = order[:1]
         for size in [size for size in SET_SIZES[1:] if size <= len(order)]:
@@ -187,8 +187,7 @@ class _Search:
             if self.task.combine == "concatenate":
                 self._ridge(larger, y)
             else:
-                mean = {name: torch.stack([singles[n][name] for n in larger]).mean(dim=0) for name in y}
-                self.rough[larger] = relative_errors(mean, y)
+                self.rough[larger] = relative_errors(_mean([singles[n] for n in larger]), y)
             if self._rough_error(best) - self._rough_error(larger) < LEAST_GAIN:
                 break
             best = list(larger)
@@ -202,9 +201,7 @@ class _Search:
         return predicted
 
     def _rough_error(self, layers: Sequence[int]) -> float:
-        weights = {name: getattr(self.targets.weights, name) for name in self.sizes}
-        errors = self.rough[tuple(layers)]
-        return float(sum(weights[name] * errors[name] for name in weights) / sum(weights.values()))
+        return self._weighted(self.rough[tuple(layers)])
 
     def together(self, layers: Sequence[int]) -> Tried:
         """A set of layers, combined as the task says."""
@@ -212,7 +209,7 @@ class _Search:
             return self._cross_validated(tuple(layers))
         started = time.monotonic()
         singles = [self.single(layer) for layer in layers]
-        return self._tried(tuple(layers), _mean(singles), singles[0].l2, started)
+        return self._tried(tuple(layers), _mean([one.scores for one in singles]), singles[0].l2, started)
 
     def single(self, layer: int) -> Tried:
         """One layer by itself."""
@@ -227,18 +224,17 @@ class _Search:
         return self._tried(layers, found.scores, found.l2, started)
 
     # -------------------------------------------------------------------------------------------- kernel
-    def through_kernel(self, layers: tuple[int, ...]) -> tuple[Tried, KernelBasis]:
-        """A kernel of the chosen layers, cross-validated with its own penalties."""
+    def through_kernel(self, layers: tuple[int, ...]) -> tuple[Tried, KernelBasis, Tensor]:
+        """A kernel of the chosen layers, cross-validated with its own penalties; and the rows in its coordinates."""
         started, kernel = time.monotonic(), self.task.kernel
         x = self.features.matrix(layers, self.task.span)
         basis = KernelBasis.of(x, gamma=kernel.gamma, axes=kernel.axes, rank=kernel.rank, most=kernel.landmarks)
         z, penalties = basis.project(x), [float(l2) for l2 in kernel.l2]
         found = cross_validate(z, basis.energy, self.targets, self.sizes, self.folds, penalties)
-        return self._tried(layers, found.scores, found.l2, started, kernel=True), basis
+        return self._tried(layers, found.scores, found.l2, started, kernel=True), basis, z
 
-    def on_kernel(self, basis: KernelBasis, chosen: Tried) -> HeadWeights:
+    def on_kernel(self, basis: KernelBasis, z: Tensor, chosen: Tried) -> HeadWeights:
         """Heads on kernel values, fitted on all rows."""
-        z = basis.project(self.features.matrix(chosen.layers, self.task.span))
         return basis.unfold(fit_heads(z, basis.energy, self.targets, self.sizes, chosen.l2))
 
     def _tried(
@@ -257,9 +253,11 @@ class _Search:
 
     def relative(self, loss: Mapping[str, float]) -> float:
         """Losses relative to the base rates', averaged over heads by their weights."""
-        weights = {name: getattr(self.targets.weights, name) for name in loss}
-        parts = [weights[name] * loss[name] / max(self.base[name], 1e-12) for name in loss]
-        return float(sum(parts) / sum(weights.values()))
+        return self._weighted({name: loss[name] / max(self.base[name], 1e-12) for name in loss})
+
+    def _weighted(self, values: Mapping[str, float]) -> float:
+        """Mean over the heads by their weights."""
+        return float(sum(self.weights[name] * values[name] for name in values) / sum(self.weights.values()))
 
     # -------------------------------------------------------------------------------------------- final heads
     def final(self, chosen: Tried) -> HeadWeights:
@@ -290,8 +288,8 @@ class _Search:
         return self._last[1:]
 
 
-def _mean(tried: Sequence[Tried]) -> dict[str, Tensor]:
-    return {name: torch.stack([one.scores[name] for one in tried]).mean(dim=0) for name in tried[0].scores}
+def _mean(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([one[name] for one in outputs]).mean(dim=0) for name in outputs[0]}
 
 
 def _base_rates(name: str, size: int, targets: Targets) -> Tensor:
