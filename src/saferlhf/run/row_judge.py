@@ -15,6 +15,7 @@ from saferlhf.errors import UserError
 from saferlhf.evaluation.moderate import moderate_rows
 from saferlhf.evaluation.score import score_rows
 from saferlhf.models.metadata import ExportMetadata
+from saferlhf.models.moderator import calibration_of
 from saferlhf.ops.calibration import Calibration, decide
 from saferlhf.ops.moderation import ModerationLogits, Verdicts
 from saferlhf.run.judged_model import JudgedModel
@@ -34,7 +35,7 @@ class RowJudge:
 
     def __init__(self, model: JudgedModel, config: EvaluateConfig) -> None:
         loaded = model.load(config)
-        self.calibration = calibration_of(loaded.metadata)
+        self.calibration = _calibration(loaded.metadata)
         self.prompt_only = reads_prompts_only(loaded.metadata)
         self._kind, self._model = model.kind, loaded.model
         self._encoder = Encoder.build(loaded.tokenizer, loaded.metadata.template, loaded.metadata.max_length or 512)
@@ -75,25 +76,20 @@ class RowJudge:
         return Verdicts(expit(logits.unsafe), None, None, logits.unsafe > 0, None, None)
 
 
-def calibration_of(metadata: ExportMetadata) -> Calibration:
+def _calibration(metadata: ExportMetadata) -> Calibration:
     """The calibration of an export, or the defaults for one without.
 
     Raises:
         UserError: it is damaged, or the export has a category head and does not name its categories.
     """
+    where = "saferlhf.json of the export"
+    if metadata.calibration is not None:
+        return calibration_of(metadata, where)
     width, names = metadata.heads.get("category", 0), tuple(metadata.categories or ())
-    where, mend = "saferlhf.json of the export", "export the model again"
-    if metadata.calibration is None:
-        if width != len(names):
-            raise UserError(f"{width} category scores and {len(names)} names of categories", where, mend)
-        return Calibration.default(names)
-    try:
-        found = Calibration.from_dict(metadata.calibration)
-    except ValueError as error:
-        raise UserError(str(error), where, mend) from error
-    if width != len(found.categories):
-        raise UserError(f"{width} category scores and {len(found.categories)} names of categories", where, mend)
-    return found
+    if width != len(names):
+        what = f"{width} category scores and {len(names)} names of categories"
+        raise UserError(what, where, "export the model again")
+    return Calibration.default(names)
 
 
 def reads_prompts_only(metadata: ExportMetadata) -> bool:
