@@ -21,7 +21,7 @@ from saferlhf.models.moderator import head_sizes
 from saferlhf.models.score_model import hidden_size
 from saferlhf.ops.folds import grouped_folds
 from saferlhf.ops.linear_probe import Targets
-from saferlhf.run.measure import device_for
+from saferlhf.run.plan import device_for
 from saferlhf.run.rows import EncodedSplits
 from saferlhf.run.screen import say
 from saferlhf.run.stages import PreparedRun

@@ -52,9 +52,9 @@ class JudgedModel:
             import torch
 
             from saferlhf.models.loading import load_export
-            from saferlhf.run.plan import device_kind
+            from saferlhf.run.plan import device_for
 
-            device = torch.device("cuda" if device_kind(config.trainer.accelerator) == "gpu" else "cpu")
+            device = device_for(config.trainer.accelerator)
             if config.trainer.threads:
                 torch.set_num_threads(config.trainer.threads)
             self._loaded = load_export(

@@ -14,6 +14,7 @@ from saferlhf.evaluation.plots import score_histograms
 from saferlhf.evaluation.preference import evaluate_preference
 from saferlhf.evaluation.score import score_rows
 from saferlhf.evaluation.truth import evaluate_against_truth, evaluate_damaged
+from saferlhf.run.plan import device_for
 from saferlhf.run.rows import first_rows
 from saferlhf.run.stages import Evaluation, PreparedRun
 
@@ -118,9 +119,3 @@ def _measure_damaged(prepared: PreparedRun, model: torch.nn.Module, kind: Any, p
         confidence=config.evaluation.confidence,
         seed=config.seed,
     )
-
-
-def device_for(accelerator: str) -> torch.device:
-    """The device that an `accelerator` key means on this machine."""
-    use_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_gpu else "cpu")

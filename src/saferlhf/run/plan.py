@@ -90,6 +90,11 @@ def device_kind(accelerator: str) -> str:
     return "gpu" if there and accelerator != "cpu" else "cpu"
 
 
+def device_for(accelerator: str) -> torch.device:
+    """The device that an `accelerator` key means on this machine; raises as `device_kind`."""
+    return torch.device("cuda" if device_kind(accelerator) == "gpu" else "cpu")
+
+
 def _device(config: TrainConfig) -> str:
     device = device_kind(config.trainer.accelerator)
     if device == "cpu" and config.optimizer.name != "adamw":
