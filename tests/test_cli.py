@@ -249,9 +249,11 @@ def test_help_is_useful(command: str) -> None:
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_the_examples_of_the_help_can_be_composed(command: str) -> None:
     text = yaml.safe_load((conf_dir() / f"{command}.yaml").read_text())["hydra"]["help"]["template"]
-    for words in examples(text, command):
+    found = list(examples(text, command))
+    assert found, "the help has examples"
+    for words in found:
         kept = [word for word in words if word not in ("-m", "--cfg", "job")]
-        composed(*(word.partition(",")[0] for word in kept), command=command)
+        assert composed(*(word.partition(",")[0] for word in kept), command=command)
 
 
 def test_help_names_the_groups_of_evaluate() -> None:
