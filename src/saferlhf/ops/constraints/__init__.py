@@ -1,0 +1,1 @@
+"""The kinds of constraint; `saferlhf.ops.constraint` is the door."""
