@@ -15,6 +15,7 @@ from saferlhf.evaluation import features as module
 from saferlhf.evaluation.features import Progress, row_features, token_batches
 from saferlhf.models.feature_store import FeatureStore
 from saferlhf.models.score_model import ScoreModel
+from saferlhf.ops.sequences import SPANS
 
 LAYERS = (0, 1)
 SMALL_BATCHES = {"layers": LAYERS, "batch_tokens": 128, "dtype": "float32"}
@@ -34,7 +35,7 @@ def features(run: Any, cache: Path, split: str = "train", **changes: Any) -> tup
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-@pytest.mark.parametrize("span", ["all", "prompt", "response", "both"])
+@pytest.mark.parametrize("span", sorted(SPANS))
 def test_row_by_row_what_a_score_model_reads(run: Any, tmp_path: Path, span: str, pooling: str) -> None:
     found, _ = features(run, tmp_path, pooling=pooling)
     data, trunk = run.encoded.train, run.task.score_model.trunk.eval()
@@ -57,8 +58,8 @@ def test_computed_once(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "_compute", None)
     again, seen = features(run, tmp_path)
     assert not seen and np.array_equal(again.matrix([0, 1], "both"), found.matrix([0, 1], "both"))
-    # not for another precision, pooling or choice of layers
-    for changes in ({"autocast": True}, {"pooling": "last"}, {"layers": (1,)}, {"dtype": "float16"}):
+    # not for another precision or pooling
+    for changes in ({"autocast": True}, {"pooling": "last"}, {"dtype": "float16"}):
         with pytest.raises(TypeError):
             features(run, tmp_path, **changes)
 
@@ -160,3 +161,21 @@ def test_a_model_that_does_not_mind_its_mask_is_found_out(
     monkeypatch.setattr(module, "can_share", lambda trunk: False)
     plain = of_twins(run, twins, tmp_path / "plain")
     assert np.array_equal(found.matrix([0, 1], "both"), plain.matrix([0, 1], "both"))
+
+
+def test_a_cache_of_more_layers_serves_a_choice_of_them(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_layers, _ = features(run, tmp_path, layers=(0, 1))
+    monkeypatch.setattr(module, "_compute", None)
+    some, seen = features(run, tmp_path, layers=(1,))
+    assert not seen and some.store.folder == all_layers.store.folder and some.layers == (1,)
+    assert np.array_equal(some.matrix([1], "both"), all_layers.matrix([1], "both"))
+    # where a row is damaged, the smaller choice is computed by itself
+    monkeypatch.undo()
+    states = all_layers.store.folder / "states.bin"
+    content = bytearray(states.read_bytes())
+    content[0] ^= 0xFF
+    states.write_bytes(content)
+    again, seen = features(run, tmp_path, layers=(1,))
+    assert seen and again.store.folder != all_layers.store.folder and again.layers == (1,)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from tiny_models import backbone, lora_config, padded, rows, score_model, stir
+from tiny_models import ARCHITECTURES, backbone, lora_config, padded, rows, score_model, stir
 
 from saferlhf.errors import UserError
 from saferlhf.models.adapters import (
@@ -164,3 +165,31 @@ def test_trained_weights_alone_bring_a_model_back(lora: bool) -> None:
         load_trainable_state_dict(fresh, {k: v for k, v in state.items() if k != "heads.cost.bias"})
     with pytest.raises(ValueError, match="shape"):
         load_trainable_state_dict(fresh, {**state, "heads.cost.bias": torch.zeros(2)})
+
+
+def adapted_blocks(model: Any) -> set[int]:
+    return {int(name.split(".layers.")[1].split(".")[0]) for name in trainable_parameters(model)}
+
+
+def test_adapters_in_some_blocks_only() -> None:
+    four = {"architecture": {**ARCHITECTURES["llama"], "num_hidden_layers": 4}}
+    assert adapted_blocks(add_lora(backbone(**four), lora_config(blocks=[1, 3]))) == {1, 3}
+    # nothing above the highest state that is read, which is the input of block 2
+    assert adapted_blocks(add_lora(backbone(**four), lora_config(), read=2)) == {0, 1}
+    names = trainable_parameters(add_lora(backbone(**four), lora_config(blocks=[2], target_modules=["q_proj"])))
+    assert len(names) == 2 and all("layers.2.self_attn.q_proj" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "read", "message"),
+    [
+        ({"blocks": [1, 2]}, 2, "block 2 is not read"),
+        ({"blocks": [4]}, None, "block 4 is not read"),
+        ({"blocks": [1], "target_modules": ".*q_proj"}, None, "by a pattern"),
+        ({"blocks": [1], "target_modules": ["nowhere"]}, None, "fits no layer"),
+    ],
+)
+def test_blocks_that_cannot_be_adapted(changes: Any, read: int | None, message: str) -> None:
+    four = backbone(architecture={**ARCHITECTURES["llama"], "num_hidden_layers": 4})
+    with pytest.raises(UserError, match=message):
+        add_lora(four, lora_config(**changes), read=read)

@@ -10,7 +10,7 @@ from saferlhf.config.schema import DataConfig, EvaluateConfig, EvaluationConfig,
 from saferlhf.config.task_schema import KernelConfig, ModerationConfig, ProbeConfig
 from saferlhf.errors import UserError
 
-PROTOCOLS = ("preference", "moderation")
+PROTOCOLS = ("preference", "moderation", "policy")
 """What a suite may hold."""
 
 LARGEST_SEED = 2**32 - 1
@@ -87,10 +87,33 @@ def _check_choices(config: TrainConfig) -> None:
         _one_of(config.task.pooling, "task.pooling", ["last", "mean"])
     if hasattr(config.task, "preference"):
         _one_of(config.task.preference, "task.preference", ["better", "safer", "single"])
+    if hasattr(config.task, "head_start"):
+        plain = "base_rates" if isinstance(config.task, ModerationConfig) else "random"
+        _one_of(config.task.head_start, "task.head_start", [plain, "linear_probe"])
+        _layer_numbers(config.task.layers, "task.layers")
+    _check_adapter(config)
     if isinstance(config.task, ModerationConfig):
         _check_moderation(config.task)
     if isinstance(config.task, ProbeConfig):
         _check_probe(config.task)
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    adapter = config.adapter
+    _layer_numbers(adapter.blocks, "adapter.blocks")
+    if not adapter.cache_frozen:
+        return
+    if adapter.name != "lora" or not adapter.blocks or min(adapter.blocks) < 1:
+        mend = "adapter=lora and the upper blocks alone, as adapter.blocks=[16,17,18,19,20,21]"
+        raise UserError("no lower blocks are named that stay as they are", "adapter.cache_frozen", mend)
+    if not hasattr(config.task, "head_start"):
+        what = f"task={config.task.name} does not read states of whole rows"
+        raise UserError(what, "adapter.cache_frozen", "adapter.cache_frozen=false")
+
+
+def _layer_numbers(numbers: list[int] | None, where: str) -> None:
+    if numbers is not None and (not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0):
+        raise UserError(f"{numbers} are no numbers of layers", where, "different numbers from 0, as [12,18]; or null")
 
 
 def _check_moderation(task: ModerationConfig) -> None:
@@ -120,7 +143,7 @@ def _check_moderation(task: ModerationConfig) -> None:
     if names is not None and (not names or len(set(names)) < len(names)):
         raise UserError(f"{names} are no distinct names", "task.categories", "name each once, or null: from the data")
     span = getattr(task, "span", "all")
-    _one_of(span, "task.span", ["all", "prompt", "response", "both"])
+    _one_of(span, "task.span", ["all", "prompt", "response", "both", "all_and_response"])
     if task.input == "prompt" and span not in ("all", "prompt"):
         raise UserError(
             "a prompt alone has no response to look at", "task.span", "task.span=all, or another task.input"

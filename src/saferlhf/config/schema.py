@@ -56,6 +56,8 @@ class AdapterConfig:
     alpha: int = 32
     dropout: float = 0.0
     target_modules: Any = "all-linear"  # "all-linear" or a list of module names
+    blocks: Optional[list[int]] = None  # numbers of the transformer blocks that get one; null: all that are read
+    cache_frozen: bool = False  # keep the states below the first adapted block on disk
     merge_on_export: bool = False
 
 
@@ -253,6 +255,16 @@ class EvaluateConfig:
     split: Optional[str] = None  # train | val | test | all; null: test to score, all to moderate
     baselines: bool = True
     baseline_rows: Optional[int] = 20_000  # training rows of the baselines; null: all
+    # suite=policy: the policy to win against, and the one that KL is measured to; null: none, and the baseline
+    baseline: Optional[str] = None
+    reference: Optional[str] = None
+    # a choice of conf/judge, and more judges: locators or such mappings, in a list or by name
+    judge: Any = None
+    judges: Any = None
+    harmful: Optional[bool] = None  # what all prompts are; null: what is known of each
+    samples: int = 1  # responses per prompt
+    temperature: float = 1.0
+    max_new_tokens: Optional[int] = None  # null: half of the model's length
     seed: int = 0
     output_root: str = "outputs"
     cache_dir: Optional[str] = None

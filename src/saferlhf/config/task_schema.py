@@ -24,25 +24,31 @@ class SftConfig(TaskConfig):
 
 
 @dataclass
-class RewardConfig(TaskConfig):
+class ScoringConfig(TaskConfig):
+    """What models with one score per response have in common: where the score is read, and where its head begins."""
+
+    pooling: str = "last"  # last | mean
+    layers: Optional[list[int]] = None  # null: the last one
+    head_start: str = "random"  # random | linear_probe
+    regularization: float = 0.001  # mu: weight of the mean squared score
+
+
+@dataclass
+class RewardConfig(ScoringConfig):
     """Bradley-Terry reward model."""
 
     preference: str = "better"  # better | safer | single
-    pooling: str = "last"  # last | mean
-    regularization: float = 0.001  # mu: weight of the mean squared score
     margin: float = 0.0
     centering: float = 0.0
 
 
 @dataclass
-class CostConfig(TaskConfig):
+class CostConfig(ScoringConfig):
     """Pairwise + sign cost model; cost > 0 means unsafe."""
 
-    pooling: str = "last"
     pair_weight: float = 1.0
     safe_sign_weight: float = 1.0
     unsafe_sign_weight: float = 1.0
-    regularization: float = 0.001
 
 
 @dataclass
@@ -83,7 +89,8 @@ class ModeratorConfig(ModerationConfig):
 
     pooling: str = "mean"
     layers: Optional[list[int]] = None  # null: the last one
-    span: str = "all"  # all | prompt | response | both
+    span: str = "all"  # all | prompt | response | both | all_and_response
+    head_start: str = "base_rates"  # base_rates | linear_probe
 
 
 @dataclass
@@ -104,7 +111,7 @@ class ProbeConfig(ModerationConfig):
 
     pooling: str = "mean"
     layers: Any = "auto"  # auto | all | a list of numbers
-    span: str = "both"  # all | prompt | response | both
+    span: str = "all_and_response"  # all | prompt | response | both | all_and_response
     combine: str = "concatenate"  # concatenate | average
     folds: int = 5
     l2: list[float] = field(default_factory=lambda: [0.3, 0.1, 0.03, 0.01])

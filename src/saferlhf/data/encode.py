@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saferlhf.config.schema import DataPolicyConfig
-from saferlhf.data.batches import AnswerBatch, PairBatch
+from saferlhf.data.batches import AnswerBatch, PairBatch, TokenBatch
 from saferlhf.data.collate import Ints, TokenStore, pad_tokens
 from saferlhf.data.report import MAX_PLACES, DataReport, short_place
 from saferlhf.data.rows import PreferencePair, Prompt, QuestionAnswer, Row
@@ -110,11 +110,28 @@ class EncodedPairs:
         """(N,) tokens of the longer sequence of each row: what the row is padded to."""
         return self.store.lengths.reshape(2, -1).max(axis=0)
 
+    def answers(self) -> EncodedAnswers:
+        """The 2N sequences as rows of their own, `response_0` of all pairs first."""
+        rows = [
+            QuestionAnswer(f"{row.id}#{side}", row.prompt, (row.response_0, row.response_1)[side])
+            for side in (0, 1)
+            for row in self.rows
+        ]
+        return EncodedAnswers(rows, self.store, self.truncated, self.pad)
+
     def collate(self, indices: Sequence[int] | Ints) -> PairBatch:
         """The rows of these indices as one batch of 2B sequences; `row_ids` holds the B ids twice."""
         chosen = np.asarray(indices, dtype=np.int64)
         ids = [self.rows[i].id for i in chosen]
         tokens = pad_tokens(self.store, np.concatenate([chosen, chosen + len(self)]), self.pad, ids + ids)
+        return self._labelled(tokens, chosen)
+
+    def labels_alone(self, indices: Sequence[int] | Ints) -> PairBatch:
+        """The same without their tokens, for losses of scores that are there already."""
+        nothing = torch.zeros(0, 0, dtype=torch.int64)
+        return self._labelled(TokenBatch(nothing, nothing.bool(), nothing.bool(), ()), np.asarray(indices))
+
+    def _labelled(self, tokens: TokenBatch, chosen: Ints) -> PairBatch:
         at = torch.from_numpy(chosen)
         return PairBatch(tokens=tokens, **{name: values[at] for name, values in self.labels.items()})
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from saferlhf.data.batches import tokens_of
 from saferlhf.data.encode import EncodedAnswers
 from saferlhf.evaluation.score import evaluating
-from saferlhf.models.feature_store import FeatureStore, row_key
+from saferlhf.models.feature_store import FeatureStore, row_key, stored_features
 from saferlhf.models.features import PARTS, pooled_parts, span_matrix, trunk_id
 from saferlhf.models.score_model import ScoreModel, hidden_size
 from saferlhf.models.shared_prompts import (
@@ -33,6 +33,7 @@ from saferlhf.models.shared_prompts import (
     pack_batches,
     relative_difference,
 )
+from saferlhf.ops.sequences import SPANS
 
 BATCH_TOKENS = 4096
 
@@ -81,7 +82,7 @@ class RowFeatures:
         store: on disk.
         keys: of N rows.
         counts: (N, 2) tokens of prompt and response.
-        layers: numbers of the hidden states, in the store's order.
+        layers: numbers of the hidden states that were asked for; the store may have more.
         pooling: mean | last.
     """
 
@@ -97,13 +98,13 @@ class RowFeatures:
     def matrix(self, layers: Sequence[int], span: str) -> NDArray[np.float32]:
         """(N, F) float32, as a `ScoreModel` with these layers and this span hands it to its heads."""
         states, places = self.store.states(), self.store.places(self.keys)
-        columns = [self.layers.index(layer) for layer in layers]
+        columns = [self.store.about["layers"].index(layer) for layer in layers]
         parts = []
         for start in range(0, len(places), _READ_ROWS):
             rows = slice(start, start + _READ_ROWS)
             block = np.asarray(states[places[rows]][:, columns], dtype=np.float32)  # (n, layers, 2, H)
             parts.append(span_matrix(block, self.counts[rows], self.pooling, span))
-        width = states.shape[-1] * len(columns) * (2 if span == "both" else 1)
+        width = states.shape[-1] * len(columns) * SPANS[span]
         return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)
 
 
@@ -137,9 +138,13 @@ def row_features(
     Raises:
         UserError: the cache folder cannot be written, or numbers that do not fit `dtype`.
     """
-    store = feature_store(model, layers=layers, pooling=pooling, autocast=autocast, dtype=dtype, cache_dir=cache_dir)
     keys = row_keys(data)
     counts = np.stack([data.store.prompt_lengths, data.lengths - data.store.prompt_lengths], axis=1).astype(np.int64)
+    about: dict[str, Any] = {"pooling": pooling, "autocast": autocast, "dtype": dtype, "cache_dir": cache_dir}
+    larger = _larger_store(model, layers, keys, **about)
+    if larger is not None:
+        return RowFeatures(larger, keys, counts, tuple(layers), pooling)
+    store = feature_store(model, layers=layers, **about)
     found = RowFeatures(store, keys, counts, tuple(layers), pooling)
     damaged = store.drop_damaged(keys)
     if damaged:
@@ -170,6 +175,20 @@ def feature_store(
         "compute": "bfloat16 autocast" if autocast else "as loaded",
     }
     return FeatureStore(about, (len(layers), PARTS, hidden_size(model.trunk)), dtype, cache_dir)
+
+
+def _larger_store(
+    model: ScoreModel, layers: Sequence[int], keys: Sequence[bytes], *, cache_dir: str | Path | None, **about: Any
+) -> FeatureStore | None:
+    """A store of more layers than these that has all the rows, undamaged."""
+    for known in stored_features(cache_dir):
+        more = known.get("layers", [])
+        if not set(layers) < set(more):
+            continue
+        store = feature_store(model, layers=more, cache_dir=cache_dir, **about)
+        if store.about == known and all(key in store for key in keys) and not store.drop_damaged(keys):
+            return store
+    return None
 
 
 def row_keys(data: EncodedAnswers) -> list[bytes]:

@@ -44,6 +44,17 @@ def row_key(tokens: NDArray[Any], prompt_tokens: int) -> bytes:
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
 
 
+def stored_features(cache_dir: str | Path | None = None) -> Iterator[dict[str, Any]]:
+    """What the stores in a cache folder hold: the `about` of each, in the order of their names."""
+    for note in sorted((cache_root(cache_dir) / "features").glob("*/about.json")):
+        try:
+            about = json.loads(note.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(about, dict):
+            yield about
+
+
 class FeatureStore:
     """Arrays of one shape by row key.
 

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from saferlhf.models.adapters import has_active_adapter
 from saferlhf.models.backbone import provenance_of
 from saferlhf.models.quantization import is_quantized
 from saferlhf.models.score_model import ScoreModel
@@ -82,10 +83,12 @@ def span_matrix(parts: NDArray[Any], counts: NDArray[Any], how: str, span: str) 
 
     Args:
         parts: (N, layers, 2, H); the other arguments as in `whole_row`.
-        span: all | prompt | response | both.
+        span: one of `SPANS` (`ops/sequences.py`).
     """
-    if span == "all":
-        chosen = whole_row(parts, counts, how)
+    if span in ("all", "all_and_response"):
+        chosen = whole_row(parts, counts, how)  # (N, layers, H)
+        if span == "all_and_response":
+            chosen = np.stack([chosen, parts[:, :, 1]], axis=2)
     else:
         chosen = {"prompt": parts[:, :, 0], "response": parts[:, :, 1], "both": parts}[span]
     return np.ascontiguousarray(chosen.reshape(len(parts), -1))
@@ -101,8 +104,10 @@ def trunk_id(trunk: nn.Module) -> str:
     packed = asdict(provenance.quantization) if is_quantized(provenance.quantization) else None
     parts: list[Any] = [provenance.source.content_id, provenance.commit, packed, provenance.backbone.dtype]
     digest = hashlib.sha256(repr(parts).encode())
-    loose = provenance.source.kind == "scratch"
+    loose, adapted = provenance.source.kind == "scratch", has_active_adapter(trunk)
     for name, value in trunk.state_dict().items():
+        if ".lora_" in name and not adapted:
+            continue
         if loose or ".lora_" in name:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

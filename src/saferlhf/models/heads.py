@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from saferlhf.errors import UserError
 from saferlhf.models.metadata import HEADS_FILE
+from saferlhf.ops.linear_probe import HeadWeights
 
 INITIAL_SCORE_STD = 0.1
 """Standard deviation of a fresh head's scores for hidden states of unit mean square, whatever the hidden size."""
@@ -56,6 +57,15 @@ def build_heads(hidden_size: int, heads: Mapping[str, int], seed: int = 0) -> nn
             head.bias.zero_()
         built[name] = head
     return built
+
+
+def install_heads(heads: nn.ModuleDict, weights: HeadWeights) -> None:
+    """Give heads other weights, all of them: name -> weight (n, F) and bias (n,)."""
+    if set(heads) != set(weights):
+        raise ValueError(f"weights for {sorted(weights)}, heads {sorted(heads)}")
+    for name, (weight, bias) in weights.items():
+        state = {"weight": torch.from_numpy(weight).float(), "bias": torch.from_numpy(bias).float()}
+        heads[name].load_state_dict(state)
 
 
 def head_widths(heads: nn.ModuleDict) -> dict[str, int]:

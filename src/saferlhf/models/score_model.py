@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saferlhf.errors import UserError
 from saferlhf.models.causal import unwrapped
+from saferlhf.models.frozen_prefix import FrozenPrefix
 from saferlhf.models.heads import build_heads, head_widths
 from saferlhf.models.kernel_map import KernelMap
 from saferlhf.models.layers import blocks_of, check_layers, visit_states
@@ -34,7 +36,8 @@ class ScoreModel(nn.Module):
         seed: of fresh heads.
         layers: numbers of the hidden states to read (0 = embeddings, L = after the last block and the final norm);
             None: the last one.
-        span: which tokens are pooled: "all", "prompt", "response", or "both" (prompt and response side by side).
+        span: which tokens are pooled: "all", "prompt", "response", or two side by side: "both" (prompt and
+            response), "all_and_response".
         kernel: stands between the pooled states and the heads, which are then linear in its values; None: nothing does.
 
     Parameter names start with `trunk.` and `heads.<name>.`.
@@ -59,6 +62,7 @@ class ScoreModel(nn.Module):
         self.pooling, self.span = pooling, span
         self.layers = None if layers is None else check_layers(layers, len(blocks_of(trunk)), "layers")
         self.kernel = kernel
+        self.prefix: FrozenPrefix | None = None  # frozen lower blocks whose states are kept
         width = feature_width(hidden_size(trunk), self.layers, span) if kernel is None else kernel.width
         self.heads = heads if isinstance(heads, nn.ModuleDict) else build_heads(width, heads, seed)
         self._takes_positions = "position_ids" in inspect.signature(unwrapped(trunk).forward).parameters
@@ -119,7 +123,24 @@ class ScoreModel(nn.Module):
             inputs["position_ids"] = position_ids(mask) + self._first_position
         if getattr(unwrapped(self.trunk).config, "use_cache", None):
             inputs["use_cache"] = False
+        if self.prefix is not None:
+            return self.prefix.continued(self._run, **inputs)
+        return self._run(**inputs)
+
+    def _run(self, **inputs: Any) -> Tensor:
         return self.trunk(**inputs).last_hidden_state
+
+    def keep_frozen(self, prefix: FrozenPrefix) -> None:
+        """From now on read the states below the first trained block from a store.
+
+        Raises:
+            UserError: the heads read below that block, or the backbone cannot be cut there.
+        """
+        if self.layers is not None and min(self.layers) < prefix.first:
+            what = f"the heads read state {min(self.layers)}, below block {prefix.first}, the first that is trained"
+            raise UserError(what, "task.layers", "read higher states, or adapter.cache_frozen=false")
+        self.prefix = prefix
+        prefix.check(self.hidden)
 
 
 def hidden_size(trunk: nn.Module) -> int:
@@ -130,7 +151,7 @@ def hidden_size(trunk: nn.Module) -> int:
 
 def feature_width(size: int, layers: Sequence[int] | None, span: str) -> int:
     """F: numbers that the heads read of hidden states of `size`."""
-    return size * (1 if layers is None else len(layers)) * (2 if span == "both" else 1)
+    return size * (1 if layers is None else len(layers)) * SPANS[span]
 
 
 def first_position(trunk: nn.Module) -> int:

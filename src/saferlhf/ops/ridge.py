@@ -69,10 +69,15 @@ def ridge_out_of_fold(z: Tensor, y: Mapping[str, Tensor], folds: Ints, l2: Seque
             predicted[index][at] = z[at] @ torch.cholesky_solve(right, torch.linalg.cholesky(ridge))
 
     side_by_side(solve, range(len(parts)))
+    return best_by_error(predicted, y)
+
+
+def best_by_error(predicted: Sequence[Tensor], y: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of several predictions (N, all heads' columns) for each head those with the least error: name -> (N, n)."""
     widths = [values.shape[1] for values in y.values()]
     by_penalty = [dict(zip(y, p.split(widths, dim=1), strict=True)) for p in predicted]
     errors = [relative_errors(scores, y) for scores in by_penalty]
-    best = {name: min(range(len(l2)), key=lambda i: errors[i][name]) for name in y}
+    best = {name: min(range(len(errors)), key=lambda i: errors[i][name]) for name in y}
     return {name: by_penalty[best[name]][name] for name in y}
 
 

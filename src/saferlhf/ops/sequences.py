@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 POOLINGS = ("last", "mean")
-SPANS = ("all", "prompt", "response", "both")
-"""Which tokens are pooled; `both` is prompt and response, one after the other."""
+SPANS = {"all": 1, "prompt": 1, "response": 1, "both": 2, "all_and_response": 2}
+"""Which tokens are pooled -> how many pooled states that gives; `both` is prompt and response, one after the other."""
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -84,6 +84,8 @@ def span_masks(attention_mask: Tensor, response_mask: Tensor | None, span: str) 
         One or two (S, T) bool masks, True = token that counts.
     """
     real = attention_mask.bool()
+    if span not in SPANS:
+        raise ValueError(f"unknown span {span!r}; one of {', '.join(SPANS)}")
     if span == "all":
         return [real]
     if response_mask is None:
@@ -91,6 +93,4 @@ def span_masks(attention_mask: Tensor, response_mask: Tensor | None, span: str) 
     response = real & response_mask.bool()
     prompt = real & ~response_mask.bool()
     masks = {"prompt": [prompt], "response": [response], "both": [prompt, response]}
-    if span not in masks:
-        raise ValueError(f"unknown span {span!r}; one of {', '.join(SPANS)}")
-    return masks[span]
+    return masks.get(span, [real, response])

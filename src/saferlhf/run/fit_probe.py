@@ -15,12 +15,13 @@ from saferlhf.config.task_schema import ProbeConfig
 from saferlhf.data.encode import EncodedAnswers
 from saferlhf.data.splits import prompt_key
 from saferlhf.errors import UserError
-from saferlhf.evaluation.features import RowFeatures, feature_store, row_features, row_keys
+from saferlhf.evaluation.features import RowFeatures, feature_store, row_keys
 from saferlhf.models.features import PARTS
 from saferlhf.models.moderator import head_sizes
 from saferlhf.models.score_model import hidden_size
 from saferlhf.ops.folds import grouped_folds
 from saferlhf.ops.linear_probe import Targets
+from saferlhf.run.features import computed_features
 from saferlhf.run.plan import device_for
 from saferlhf.run.rows import EncodedSplits
 from saferlhf.run.screen import say
@@ -31,7 +32,6 @@ from saferlhf.tasks.probe import ProbeTask
 from saferlhf.tasks.probe_fit import ProbeFit, fit_probe
 from saferlhf.tracking.base import TrackingLogger
 from saferlhf.training.display import duration
-from saferlhf.training.feature_progress import FeatureProgress
 
 MIB = 2**20
 
@@ -73,24 +73,12 @@ def split_features(prepared: PreparedRun, split: str, layers: tuple[int, ...]) -
 
     Any layers will do whose states were kept for the training rows: those are what is computed.
     """
-    config, task = prepared.config, probe_task(prepared)
-    settings: ProbeConfig = config.task
-    data = getattr(prepared.encoded, split)
+    task, data = probe_task(prepared), getattr(prepared.encoded, split)
     assert isinstance(data, EncodedAnswers)
-    prepared.folder.update_status(phase=f"features of {split} rows")
-    with FeatureProgress(prepared.folder, f"features of {split} rows", config.trainer.progress) as progress:
-        return row_features(
-            task.score_model,
-            data,
-            layers=layers,
-            pooling=settings.pooling,
-            autocast=config.trainer.precision != "32-true",
-            dtype=settings.feature_dtype,
-            batch_tokens=settings.batch_tokens,
-            cache_dir=config.cache_dir,
-            progress=progress,
-            say=say,
-        )
+    settings: ProbeConfig = prepared.config.task
+    options = {"dtype": settings.feature_dtype, "batch_tokens": settings.batch_tokens}
+    name = f"features of {split} rows"
+    return computed_features(prepared, task.score_model, data, name, layers, settings.pooling, **options)
 
 
 def probe_task(prepared: PreparedRun) -> ProbeTask:
@@ -142,5 +130,6 @@ def _record(fit: ProbeFit, features: RowFeatures, seconds: float) -> dict[str, A
         "seconds": round(seconds, 1),
         "features": str(features.store.folder),
         "ridge_regression": {",".join(map(str, layers)): errors for layers, errors in fit.rough.items()},
+        "kernel_ridge_regression": {",".join(map(str, layers)): errors for layers, errors in fit.rough_kernel.items()},
         "tried": [tried.to_dict() for tried in fit.tried],
     }

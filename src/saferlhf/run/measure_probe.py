@@ -6,6 +6,7 @@ computes its hidden states itself; on a few rows its outputs are compared with t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 
 from saferlhf.data.encode import EncodedAnswers
+from saferlhf.data.rows import prompt_text
+from saferlhf.evaluation.comparison import compare_verdicts
 from saferlhf.evaluation.moderate import moderate_rows
 from saferlhf.evaluation.moderation import evaluate_moderation
 from saferlhf.models.moderator import logits_of
-from saferlhf.ops.calibration import decide, fit_calibration
+from saferlhf.ops.calibration import Calibration, decide, fit_calibration
+from saferlhf.ops.linear_probe import apply_heads
 from saferlhf.ops.moderation import ModerationLogits
 from saferlhf.run.fit_probe import probe_task, split_features
 from saferlhf.run.measure import measured_splits
@@ -24,6 +28,7 @@ from saferlhf.run.measure_moderator import ModeratedSplit, first_of, moderator_e
 from saferlhf.run.rows import first_rows
 from saferlhf.run.screen import say
 from saferlhf.run.stages import Evaluation, PreparedRun
+from saferlhf.tasks.probe_fit import LinearFit, ProbeFit
 
 CHECKED_ROWS = 16
 LARGEST_DIFFERENCE = 0.5
@@ -47,7 +52,36 @@ def measure_probe(prepared: PreparedRun) -> Evaluation:
     row_ids = [row.id for row in encoded.train.rows]
     out_of_fold = evaluate_moderation(row_ids, labels, logits, decide(logits, calibration), prefix="cv", draws=0)
     metrics = {**out_of_fold, **found.metrics, "train/export_difference": _export_difference(prepared)}
+    if fit.linear is not None:
+        metrics |= _over_linear(prepared, fit.linear, calibration, splits)
     return replace(found, metrics=metrics, calibration=calibration)
+
+
+def _over_linear(
+    prepared: PreparedRun, linear: LinearFit, calibration: Calibration, splits: Sequence[ModeratedSplit]
+) -> dict[str, float]:
+    """What the kernel gains over linear heads (logistic regressions) on the same features and test rows, paired.
+
+    Both were cross-validated on the same folds, and both have thresholds of their own.
+    """
+    config, encoded, fit = prepared.config, prepared.encoded, probe_task(prepared).fit_result
+    assert fit is not None
+    labels = encoded.labels(encoded.train)
+    theirs = fit_calibration(logits_of(linear.scores), labels, objectives_of(config), fitted_on=FITTED_ON)
+    for split in splits:
+        if split.name == "test":
+            pooled = _pooled(prepared, "test", fit)[: len(split.rows)]
+            return compare_verdicts(
+                split.labels,
+                decide(split.logits, calibration),
+                decide(logits_of(apply_heads(linear.heads, pooled)), theirs),
+                clusters=[prompt_text(row.prompt) for row in split.rows],
+                prefix="test/over_linear",
+                draws=config.evaluation.bootstrap_draws,
+                confidence=config.evaluation.confidence,
+                seed=config.seed,
+            )
+    return {}
 
 
 def _logits(prepared: PreparedRun, split: str) -> ModerationLogits:
@@ -58,10 +92,15 @@ def _logits(prepared: PreparedRun, split: str) -> ModerationLogits:
 def _scores(prepared: PreparedRun, split: str) -> dict[str, Tensor]:
     task = probe_task(prepared)
     assert task.fit_result is not None
-    features = split_features(prepared, split, task.candidates())
-    rows = torch.from_numpy(features.matrix(task.fit_result.layers, prepared.config.task.span))
+    rows = _pooled(prepared, split, task.fit_result)
     with torch.no_grad():
         return task.score_model.to("cpu").scores(rows)
+
+
+def _pooled(prepared: PreparedRun, split: str, fit: ProbeFit) -> Tensor:
+    """(N, F) pooled states of a split, as the heads read them."""
+    features = split_features(prepared, split, probe_task(prepared).candidates())
+    return torch.from_numpy(features.matrix(fit.layers, prepared.config.task.span))
 
 
 def _export_difference(prepared: PreparedRun) -> float:

@@ -140,6 +140,10 @@ def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
+    elif getattr(config.task, "head_start", None) == "linear_probe":
+        from saferlhf.run.head_start import begin_at_probe
+
+        begin_at_probe(prepared)
     L.seed_everything(config.seed, verbose=False)
     stop = GracefulStop()
     saver = RunCheckpoint(folder, config.checkpoint, stop, resumed=checkpoint)

@@ -30,6 +30,9 @@ from saferlhf.data.loader import EvalBatch, StepBatch
 from saferlhf.errors import TrainingDiverged, UserError
 from saferlhf.models.adapters import add_lora
 from saferlhf.models.backbone import load_backbone
+from saferlhf.models.features import trunk_id
+from saferlhf.models.frozen_prefix import FrozenPrefix
+from saferlhf.models.score_model import ScoreModel
 from saferlhf.ops.moderation import ModerationLabels
 from saferlhf.tasks.optimization import build_optimizer, build_schedule
 
@@ -112,9 +115,15 @@ class SupervisedTask(L.LightningModule, ABC):
             cache_dir=config.cache_dir,
             output_root=self.inputs.output_root,
         )
+        identity = trunk_id(trunk) if config.adapter.cache_frozen else ""
         if config.adapter.name == "lora":
-            trunk = add_lora(trunk, config.adapter, seed=config.seed)
+            layers = getattr(config.task, "layers", None)
+            read = max(layers) if isinstance(layers, list) else None
+            trunk = add_lora(trunk, config.adapter, seed=config.seed, read=read)
         self.model = self.build_model(trunk)
+        if config.adapter.cache_frozen:
+            assert isinstance(self.model, ScoreModel) and config.adapter.blocks
+            self.model.keep_frozen(FrozenPrefix(trunk, min(config.adapter.blocks), identity, config.cache_dir))
         # Hugging Face models arrive in eval mode and Lightning keeps it (trap 18)
         self.model.train()
 

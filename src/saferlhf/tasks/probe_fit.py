@@ -7,12 +7,14 @@ Everything is chosen on the training rows, by the loss of rows that a fit has no
 2. An order of layers: begin with the best one; then always add the layer whose predictions, averaged with those chosen
    so far, lower the error most (Caruana et al. 2004, "Ensemble selection from libraries of models").
 3. Growing sets along that order, by ridge regression too: side by side (`concatenate`) or averaged (`average`), until a
-   larger set gains less than `LEAST_GAIN`.
+   larger set gains less than `LEAST_GAIN`. With `kernel.name: gaussian` by ridge regression through the kernel
+   (`ops/kernel_ridge.py`) instead, and of the sets within `LEAST_GAIN` of the best the largest: a kernel of more layers
+   costs no more to fit, and what one layer says by chance another does not.
 4. The set that is left, cross-validated exactly: each head gets its own penalty. Its loss is told relative to that of
    the base rates and averaged over the heads by their weights: 1 = nothing learned.
 
-With `kernel.name: gaussian` the chosen layers are cross-validated once more through a kernel of their states
-(`ops/kernel.py`), with penalties of its own scale; that fit is taken if its loss is less.
+With a kernel the chosen layers are cross-validated once more through it (`ops/kernel.py`), with penalties of its own
+scale; that fit is taken if its loss is less. The linear one is kept beside it, for comparison on held-out rows.
 
 The heads are then fitted on all training rows and folded with the standardisation into plain linear maps. The
 out-of-fold outputs of the winner are what temperatures and thresholds are fitted on: as many rows as there are for
@@ -34,6 +36,7 @@ from torch import Tensor
 from saferlhf.config.task_schema import ProbeConfig
 from saferlhf.evaluation.features import RowFeatures
 from saferlhf.ops.kernel import KernelBasis
+from saferlhf.ops.kernel_ridge import kernel_ridge_out_of_fold, mean_squared_differences
 from saferlhf.ops.linear_probe import (
     Basis,
     CrossValidation,
@@ -49,10 +52,14 @@ from saferlhf.ops.linear_probe import (
 from saferlhf.ops.ridge import order_by_average, relative_errors, ridge_out_of_fold, ridge_targets
 
 SET_SIZES = (1, 2, 3, 4)
-"""Numbers of layers that are tried together."""
+KERNEL_SET_SIZES = (1, 2, 4, 8, 12)
+"""Numbers of layers that are tried together, by linear heads and through a kernel."""
 
 LEAST_GAIN = 0.002
-"""Relative squared error that a larger set must gain to be taken."""
+"""Relative squared error that counts as a difference between sets; less is noise."""
+
+Errors = dict[tuple[int, ...], dict[str, float]]
+"""Layers -> head name -> relative squared error."""
 
 FLOOR = 1e-2
 """Axes whose energy is below this share of the least penalty are dropped: there the penalty rules."""
@@ -93,6 +100,19 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class LinearFit:
+    """Linear heads to compare others with.
+
+    Attributes:
+        heads: on pooled hidden states as they are.
+        scores: head name -> (N, n) out-of-fold outputs of the training rows.
+    """
+
+    heads: HeadWeights
+    scores: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class ProbeFit:
     """A fitted probe.
 
@@ -100,11 +120,13 @@ class ProbeFit:
         layers: that the heads read.
         heads: head name -> weight (n, F) and bias (n,), on pooled hidden states as they are; with a kernel (n, M), on
             its values.
-        kernel: stands between states and heads; None: nothing does.
         scores: head name -> (N, n) out-of-fold outputs of the training rows.
         chosen: the set of layers that won.
         tried: all of them, in order.
         rough: layers -> head name -> relative squared error of ridge regression, where layers were chosen.
+        rough_kernel: the same through the kernel.
+        kernel: stands between states and heads; None: nothing does.
+        linear: with a kernel, the linear heads on the same layers; None: `heads` are linear themselves.
     """
 
     layers: tuple[int, ...]
@@ -112,8 +134,10 @@ class ProbeFit:
     scores: dict[str, Tensor]
     chosen: Tried
     tried: tuple[Tried, ...]
-    rough: dict[tuple[int, ...], dict[str, float]]
+    rough: Errors
+    rough_kernel: Errors
     kernel: KernelBasis | None = None
+    linear: LinearFit | None = None
 
 
 def fit_probe(
@@ -135,14 +159,15 @@ def fit_probe(
         say: told of each set of layers.
     """
     search = _Search(features, targets, sizes, task, folds, say)
-    chosen = search.grow() if task.layers == "auto" else search.together(features.layers)
-    kernel = None
+    layers = search.grow() if task.layers == "auto" else features.layers
+    linear = search.together(layers)
+    plain = search.final(linear)
     if task.kernel.name == "gaussian":
-        through, basis, z = search.through_kernel(chosen.layers)
-        if through.relative < chosen.relative:
-            chosen, kernel = through, basis
-    heads = search.final(chosen) if kernel is None else search.on_kernel(kernel, z, chosen)
-    return ProbeFit(chosen.layers, heads, chosen.scores, chosen, tuple(search.tried), search.rough, kernel)
+        through, basis, z = search.through_kernel(layers)
+        if through.relative < linear.relative:
+            heads, beside = search.on_kernel(basis, z, through), LinearFit(plain, linear.scores)
+            return ProbeFit(layers, heads, through.scores, through, *search.record(), basis, beside)
+    return ProbeFit(layers, plain, linear.scores, linear, *search.record())
 
 
 class _Search:
@@ -168,19 +193,27 @@ class _Search:
         self.weights: dict[str, float] = {name: getattr(targets.weights, name) for name in self.sizes}
         self.tried: list[Tried] = []
         self.singles: dict[int, Tried] = {}
-        self.rough: dict[tuple[int, ...], dict[str, float]] = {}
+        self.rough: Errors = {}
+        self.rough_kernel: Errors = {}
         self.penalties = [float(l2) for l2 in task.l2]
         self._last: tuple[tuple[int, ...], Basis, Tensor] | None = None
         zero = {name: _base_rates(name, size, targets) for name, size in self.sizes.items()}
         self.base = head_losses(zero, targets)
 
+    def record(self) -> tuple[tuple[Tried, ...], Errors, Errors]:
+        """What was tried: exactly, by ridge regression, by ridge regression through the kernel."""
+        return tuple(self.tried), self.rough, self.rough_kernel
+
     # -------------------------------------------------------------------------------------------- sets of layers
-    def grow(self) -> Tried:
-        """The set that growing ends with, cross-validated exactly."""
+    def grow(self) -> tuple[int, ...]:
+        """The set that growing ends with."""
+        through_kernel = self.task.kernel.name == "gaussian"
         y = ridge_targets(self.targets, list(self.sizes))
         singles = {layer: self._ridge((layer,), y) for layer in self.features.layers}
-        order = order_by_average(singles, y, self.weights, SET_SIZES[-1])
+        order = order_by_average(singles, y, self.weights, (KERNEL_SET_SIZES if through_kernel else SET_SIZES)[-1])
         self.say(f"  layers by ridge regression: {', '.join(map(str, order))}")
+        if through_kernel:
+            return self._grown_through_kernel(order)
         best = order[:1]
         for size in [size for size in SET_SIZES[1:] if size <= len(order)]:
             larger = tuple(order[:size])
@@ -191,7 +224,27 @@ class _Search:
             if self._rough_error(best) - self._rough_error(larger) < LEAST_GAIN:
                 break
             best = list(larger)
-        return self.together(best)
+        return tuple(best)
+
+    def _grown_through_kernel(self, order: Sequence[int]) -> tuple[int, ...]:
+        """The largest beginning of the order whose error through the kernel is as good as the best one's."""
+        kernel, n = self.task.kernel, len(self.targets)
+        # distances of all pairs of rows: some thousand rows tell as much
+        rows = np.sort(np.random.default_rng(0).permutation(n)[: kernel.landmarks])
+        y = ridge_targets(self.targets.rows(torch.from_numpy(rows)), list(self.sizes))
+        distances = [mean_squared_differences(self.features.matrix((layer,), self.task.span)[rows]) for layer in order]
+        penalties = [float(l2) for l2 in kernel.l2]
+        found: dict[tuple[int, ...], float] = {}
+        for size in [size for size in KERNEL_SET_SIZES if size <= len(order)]:
+            layers = tuple(order[:size])
+            errors = relative_errors(
+                kernel_ridge_out_of_fold(distances[:size], kernel.gamma, y, self.folds[rows], penalties), y
+            )
+            self.rough_kernel[layers] = errors
+            found[layers] = self._weighted(errors)
+        chosen = [layers for layers in found if found[layers] <= min(found.values()) + LEAST_GAIN][-1]
+        self.say(f"  through a kernel: the first {len(chosen)} of them")
+        return chosen
 
     def _ridge(self, layers: tuple[int, ...], y: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Out-of-fold predictions by ridge regression; their errors are noted."""

@@ -23,7 +23,8 @@ class PairScoringTask(SupervisedTask):
 
     def build_model(self, trunk: nn.Module) -> nn.Module:
         """The backbone with a linear head (bias included)."""
-        return ScoreModel(trunk, {self.head_name: 1}, pooling=self.config.task.pooling, seed=self.config.seed)
+        task = self.config.task
+        return ScoreModel(trunk, {self.head_name: 1}, pooling=task.pooling, seed=self.config.seed, layers=task.layers)
 
     def pair_scores(self, batch: PairBatch) -> Tensor:
         """(B, 2) float32 scores, column = response index."""
