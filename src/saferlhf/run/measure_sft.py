@@ -15,7 +15,8 @@ from saferlhf.data.templates import end_id, pad_id
 from saferlhf.evaluation.likelihood import evaluate_likelihood
 from saferlhf.evaluation.policy import evaluate_policy_against_truth
 from saferlhf.evaluation.score import evaluating
-from saferlhf.rollout.sampling import sample_responses
+from saferlhf.rollout.generate import generate
+from saferlhf.rollout.prompts import tokenize_prompts
 from saferlhf.run.measure import measured_splits
 from saferlhf.run.rows import first_rows
 from saferlhf.run.stages import Evaluation, PreparedRun
@@ -62,30 +63,29 @@ def _samples(prepared: PreparedRun) -> tuple[list[dict[str, Any]], dict[str, flo
     if not rows:
         return [], {}
     encoder = prepared.encoded.encoder
-    prompts = encoder.template.prompts_ids([row.prompt for row in rows], tokenizer)
     room = config.backbone.max_length // 2
     assert prepared.task.model is not None
-    sampled = sample_responses(
+    rollout = generate(
         prepared.task.model,
-        [prompt[-room:] for prompt in prompts],
-        [row.id for row in rows],
+        tokenize_prompts(rows, encoder.template, tokenizer, max_prompt_tokens=room),
+        seed=config.seed,
+        max_new_tokens=min(room, 128),
         eos_token_id=end_id(tokenizer),
         pad_token_id=pad_id(tokenizer),
-        max_new_tokens=min(room, 128),
-        seed=config.seed,
         batch_size=config.trainer.eval_batch_size,
+        tokenizer=tokenizer,
     )
-    texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in sampled]
+    texts, truncated = rollout.responses or (), rollout.truncated.tolist()
     samples = [
-        {"row_id": row.id, "prompt": [list(turn) for turn in row.prompt], "response": text, "truncated": s.truncated}
-        for row, text, s in zip(rows, texts, sampled, strict=True)
+        {"row_id": row.id, "prompt": [list(turn) for turn in row.prompt], "response": text, "truncated": cut}
+        for row, text, cut in zip(rows, texts, truncated, strict=True)
     ]
     if config.data.source != "toyworld":
         return samples, {}
     metrics = evaluate_policy_against_truth(
         [row.prompt for row in rows],
         texts,
-        truncated=[s.truncated for s in sampled],
+        truncated=truncated,
         draws=config.evaluation.bootstrap_draws,
         confidence=config.evaluation.confidence,
         seed=config.seed,

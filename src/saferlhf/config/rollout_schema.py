@@ -1,0 +1,186 @@
+"""The structured configuration of sampling (`rollout=`) and of scorers (`judge=`); see `schema.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from saferlhf.config.marks import CONTENT, OUTSIDE_IDENTITY
+from saferlhf.errors import UserError
+
+
+# ------------------------------------------------------------------------------------------------ rollout
+@dataclass
+class ServerConfig:
+    """An OpenAI-compatible server, and how patient to be with it."""
+
+    base_url: str = "http://localhost:8000/v1"
+    model: str = ""
+    # environment variable with the key; null: none is sent. Its value is never logged or stored
+    api_key_env: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)
+    concurrency: int = field(default=8, metadata=OUTSIDE_IDENTITY)  # requests at once
+    timeout_s: float = field(default=60.0, metadata=OUTSIDE_IDENTITY)  # of one request, from its start to its last byte
+    retries: int = field(default=4, metadata=OUTSIDE_IDENTITY)  # after the first try
+    backoff_s: float = field(default=1.0, metadata=OUTSIDE_IDENTITY)  # before the first retry; doubles each time
+    max_backoff_s: float = field(default=60.0, metadata=OUTSIDE_IDENTITY)
+
+
+@dataclass
+class VllmConfig:
+    """vLLM in this process."""
+
+    gpu_memory_utilization: float = field(default=0.5, metadata=OUTSIDE_IDENTITY)
+    dtype: str = "bfloat16"
+    tensor_parallel_size: int = field(default=1, metadata=OUTSIDE_IDENTITY)
+
+
+@dataclass
+class RolloutConfig:
+    """How a policy is sampled for training."""
+
+    name: str
+    engine: str = "native"  # native | vllm | openai
+    prompts: int = 64  # prompts per rollout
+    samples: int = 1  # responses to each
+    temperature: float = 1.0
+    top_k: int = 0  # anything else is refused in training
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    max_prompt_tokens: Optional[int] = None  # null: what max_new_tokens leaves of backbone.max_length
+    batch_size: Optional[int] = field(default=None, metadata=OUTSIDE_IDENTITY)  # responses at once; null: batch_tokens
+    batch_tokens: Optional[int] = field(default=None, metadata=OUTSIDE_IDENTITY)  # of the cache at once
+    max_logprob_mismatch: float = 0.05  # mean |difference| in nats between engine and policy that is still believed
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+ENGINES = ("native", "vllm", "openai")
+TRAINING_ENGINES = ("native", "vllm")
+"""Engines that can follow a policy whose weights change."""
+
+
+def check_rollout(config: RolloutConfig, where: str = "rollout") -> None:
+    """Refuse what cannot be trained on.
+
+    Raises:
+        UserError: a cut-off distribution, a temperature of 0, numbers below one, an engine that cannot follow training.
+    """
+    if config.engine not in TRAINING_ENGINES:
+        mend = f"use {' or '.join(TRAINING_ENGINES)}; a server's weights stand still"
+        raise UserError(f"engine '{config.engine}' cannot sample a policy in training", f"{where}.engine", mend)
+    if config.top_k > 0 or config.top_p < 1:
+        what = "a cut-off distribution is not the policy that is trained"
+        raise UserError(what, f"{where}.top_k, {where}.top_p", "leave top_k=0 and top_p=1 and set the temperature")
+    if config.temperature <= 0:
+        what = f"temperature {config.temperature} leaves nothing to explore"
+        raise UserError(what, f"{where}.temperature", "use a number above 0, 1 as a rule")
+    for key in ("prompts", "samples", "max_new_tokens", "max_prompt_tokens", "batch_size", "batch_tokens"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise UserError(f"{key} is {value}", f"{where}.{key}", "use a number above 0")
+
+
+# ------------------------------------------------------------------------------------------------ judges
+@dataclass
+class JudgeConfig:
+    """What every scorer has: its name, and what becomes of responses without a score."""
+
+    name: str
+    kind: str
+    on_empty: str = "skip"  # skip | score | error: a response without a word
+    on_failure: str = "retry"  # skip | retry (then skip) | error: a response that the scorer gave no number
+    attempts: int = field(default=2, metadata=OUTSIDE_IDENTITY)  # of on_failure=retry, the first one included
+    max_failed_share: float = 0.2  # of the responses handed to the scorer; more ends the run
+
+
+@dataclass
+class TruthJudgeConfig(JudgeConfig):
+    """The toy world's ground truth."""
+
+    kind: str = "truth"
+    on_empty: str = "score"
+    categories: bool = False  # one output per harm category as well
+
+
+@dataclass
+class FunctionJudgeConfig(JudgeConfig):
+    """A plain Python function."""
+
+    kind: str = "function"
+    function: str = "???"  # module:function
+    outputs: list[str] = field(default_factory=lambda: ["reward"])
+    batched: bool = False  # called with all rows at once
+
+
+@dataclass
+class ModelJudgeConfig(JudgeConfig):
+    """A trained model by its Locator: reward, cost or moderator."""
+
+    kind: str = "model"
+    model: str = field(default="???", metadata=CONTENT)
+    output: Optional[str] = None  # name of the score; null: reward, or cost
+    how: str = "unsafe"  # a moderator as cost: unsafe | mean | max (of the category probabilities)
+    zero: Optional[float] = None  # probability at which a moderator's cost is 0; null: see rollout/model_scorer.py
+    categories: bool = False  # a moderator's probability of each category as further outputs
+    batch_tokens: int = field(default=16384, metadata=OUTSIDE_IDENTITY)
+
+
+@dataclass
+class ScaleConfig:
+    """One score that a remote judge gives."""
+
+    low: float
+    high: float
+    question: str  # what the number says, in the words of the judge's prompt
+
+
+@dataclass
+class RemoteJudgeConfig(JudgeConfig):
+    """A remote judge behind the OpenAI chat protocol."""
+
+    kind: str = "remote"
+    server: ServerConfig = field(default_factory=ServerConfig)
+    max_tokens: int = 256  # of its answer
+    instructions: str = ""  # the system turn; the scales are added to it
+    scales: dict[str, ScaleConfig] = field(default_factory=dict)  # output name -> scale
+    # folder of answers that were given before; null: <cache>/judge; "none": nothing is kept
+    cache: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)
+
+
+JUDGES: dict[str, type[JudgeConfig]] = {
+    "truth": TruthJudgeConfig,
+    "function": FunctionJudgeConfig,
+    "model": ModelJudgeConfig,
+    "remote": RemoteJudgeConfig,
+}
+
+
+def judge_config(node: Any, where: str = "judge") -> JudgeConfig:
+    """The typed configuration of one scorer.
+
+    Args:
+        node: a mapping with `kind`, as in conf/judge.
+        where: its key, for messages.
+
+    Raises:
+        UserError: no kind or an unknown one, an unknown key, a wrong or missing value.
+    """
+    from saferlhf.config.validate import suggestion, typed  # which imports the schemas
+
+    kind = node.get("kind") if hasattr(node, "get") else None
+    if kind not in JUDGES:
+        what = "no kind of judge is named" if kind is None else f"unknown kind of judge '{kind}'"
+        raise UserError(what, f"{where}.kind", suggestion(str(kind or ""), JUDGES))
+    config = typed(JUDGES[str(kind)], node, where)
+    for key, known in (("on_empty", ON_EMPTY), ("on_failure", ON_FAILURE)):
+        value = getattr(config, key)
+        if value not in known:
+            raise UserError(f"unknown choice '{value}'", f"{where}.{key}", f"use {' | '.join(known)}")
+    if not 0 <= config.max_failed_share <= 1:
+        what = f"max_failed_share {config.max_failed_share} is no share"
+        raise UserError(what, f"{where}.max_failed_share", "use a number from 0 to 1")
+    return config
+
+
+ON_EMPTY = ("skip", "score", "error")
+ON_FAILURE = ("skip", "retry", "error")
