@@ -85,7 +85,7 @@ def test_what_is_loaded_is_the_fitted_probe(finished: Path, tmp_path: Path) -> N
     loaded = load_export(str(folder / "export"), require_heads=True)
     assert loaded.metadata.kind == "moderator" and loaded.metadata.weights == "base"
     assert set(loaded.heads) == {"unsafe", "category", "severity"}
-    assert (loaded.model.span, list(loaded.model.layers)) == ("both", loaded.metadata.layers)
+    assert (loaded.model.span, list(loaded.model.layers)) == ("all_and_response", loaded.metadata.layers)
     run = prepared(probe(tmp_path, f"cache_dir={finished / 'cache'}"))
     fit(run, NullLogger())
     test = run.encoded.test

@@ -39,7 +39,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[RowFeatures, Targ
     unsafe = (strength > 0).astype(np.int64)
     severity = np.where(unsafe, 1 + (strength > 0.7) + (strength > 1.5), 0).astype(np.int64)
     category = np.stack([unsafe & (truth[:, 0] > 0), unsafe & (truth[:, 1] > 0)], axis=1).astype(np.int64)
-    store = FeatureStore({"planted": True}, (5, 2, WIDTH), "float32", tmp_path_factory.mktemp("cache"))
+    store = FeatureStore({"planted": True, "layers": [0, 1, 2, 3, 4]}, (5, 2, WIDTH), "float32", tmp_path_factory.mktemp("cache"))
     keys = [row_key(np.array([i]), 0) for i in range(N)]
     with store.writing() as add:
         add(keys, parts)
@@ -87,9 +87,25 @@ def test_a_kernel_is_taken_where_it_sees_more(planted: Any) -> None:
     states = torch.from_numpy(features.matrix(fitted.layers, "both"))
     scores = score_heads(fitted.heads)["unsafe"](KernelMap.of(fitted.kernel)(states))
     assert ((scores[:, 0] > 0).numpy() == unsafe).mean() > 0.9
+    assert fitted.linear is not None and fitted.linear.scores is linear.scores
+    plain = score_heads(fitted.linear.heads)["unsafe"](states)
+    assert ((plain[:, 0] > 0).numpy() == unsafe).mean() < 0.75
     # and where it sees no more, the linear heads stay
     smooth = fit_probe(*planted, SIZES, replace(TASK, layers=[2], kernel=replace(kernel, l2=[100.0])), folds())
-    assert smooth.kernel is None and not smooth.chosen.kernel
+    assert smooth.kernel is None and not smooth.chosen.kernel and smooth.linear is None
+
+
+def test_layers_for_a_kernel_are_the_most_that_are_as_good_as_the_best(planted: Any) -> None:
+    features, targets = planted
+    kernel = KernelConfig(name="gaussian", l2=[1e-2, 1e-3], landmarks=N // 2)
+    task = replace(TASK, layers="auto", kernel=kernel)
+    found = fit_probe(features, targets, SIZES, task, folds())
+    assert {2, 4} <= set(found.layers)
+    errors = {layers: np.mean([error[name] for name in SIZES]) for layers, error in found.rough_kernel.items()}
+    assert [len(layers) for layers in errors] == [1, 2, 4] and found.layers in errors
+    assert errors[found.layers] <= min(errors.values()) + 0.002
+    larger = [layers for layers in errors if len(layers) > len(found.layers)]
+    assert all(errors[layers] > min(errors.values()) + 0.002 for layers in larger)
 
 
 def test_out_of_fold_outputs_are_honest(planted: Any, automatic: Any) -> None:
@@ -103,7 +119,7 @@ def test_out_of_fold_outputs_are_honest(planted: Any, automatic: Any) -> None:
 def _noise(planted: Any) -> tuple[Any, Any]:
     features, targets = planted
     draw = np.random.default_rng(1)
-    store = FeatureStore({"noise": True}, (5, 2, WIDTH), "float32", features.store.folder.parent.parent)
+    store = FeatureStore({"noise": True, "layers": [0, 1, 2, 3, 4]}, (5, 2, WIDTH), "float32", features.store.folder.parent.parent)
     with store.writing() as add:
         add(features.keys, draw.standard_normal((N, 5, 2, WIDTH)))
     return replace(features, store=store), targets
