@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from saferlhf.errors import UserError
-from saferlhf.models.adapters import adapter_disabled
+from saferlhf.models.adapters import adapter_disabled, using_adapter
 from saferlhf.models.backbone import (
     Provenance,
     backbone_dict,
@@ -55,6 +55,7 @@ def save_export(
     merge: bool = False,
     base_unchanged: bool = False,
     card: str | Callable[[ExportMetadata], str] | None = None,
+    adapter: str | None = None,
 ) -> ExportMetadata:
     """Write an export folder in one step; an older one of that name is replaced.
 
@@ -69,6 +70,7 @@ def save_export(
             (`quantization.compute_dtype`); the metadata says so.
         base_unchanged: only the heads were trained: the base is named, not written (unless it can be had nowhere else).
         card: text of README.md, or what makes it from the completed metadata.
+        adapter: which one to write, of a model that has several.
 
     Returns:
         The metadata as written.
@@ -78,12 +80,13 @@ def save_export(
         heads, kernel = model.heads if heads is None else heads, model.kernel
         metadata = _read_by(metadata, model)
         model = model.trunk
-    metadata = _described(metadata, model, heads, merge, base_unchanged, folder)
+    adapter = _only_adapter(model, adapter)
+    metadata = _described(metadata, model, heads, merge, base_unchanged, folder, adapter)
     draft = folder.parent / f".{folder.name}.draft-{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        _write_weights(draft, model, tokenizer, metadata)
+        _write_weights(draft, model, tokenizer, metadata, adapter)
         tokenizer.save_pretrained(str(draft))
         if heads:
             save_file(head_tensors(heads, kernel), str(draft / HEADS_FILE))
@@ -111,20 +114,18 @@ def _described(
     merge: bool,
     base_unchanged: bool,
     folder: Path,
+    adapter: str | None,
 ) -> ExportMetadata:
     """Fill in what the model itself knows."""
     provenance = provenance_of(model)
     packed = is_quantized(provenance.quantization)
-    adapters = getattr(model, "peft_config", {})
-    if len(adapters) > 1:
-        raise ValueError(f"one adapter per export, not {sorted(adapters)}")
-    if base_unchanged and (adapters or not heads or any(p.requires_grad for p in model.parameters())):
+    if base_unchanged and (adapter or not heads or any(p.requires_grad for p in model.parameters())):
         raise ValueError("an unchanged base is frozen and exported with heads")
-    if packed and not adapters and not base_unchanged:
+    if packed and not adapter and not base_unchanged:
         raise UserError(
             "a 4-bit base without an adapter has nothing trained to export", "quantization=nf4", "adapter=lora"
         )
-    lora = next(iter(adapters.values()), None)
+    lora: Any = None if adapter is None else model.peft_config[adapter]  # type: ignore[index, union-attr]
     merged = merge and lora is not None
     return replace(
         metadata,
@@ -146,6 +147,16 @@ def _described(
     )
 
 
+def _only_adapter(model: Any, adapter: str | None) -> str | None:
+    """The adapter to write; None: the model has none."""
+    adapters = sorted(getattr(model, "peft_config", {}))
+    if adapter is None and len(adapters) > 1:
+        raise ValueError(f"one adapter per export, not {adapters}")
+    if adapter is not None and adapter not in adapters:
+        raise ValueError(f"no adapter {adapter!r}, only {adapters}")
+    return adapter or (adapters[0] if adapters else None)
+
+
 def _base(provenance: Provenance, folder: Path) -> dict[str, Any]:
     """How the base was loaded. Folders are noted from here and from the root, since outputs are moved as a whole."""
     source = provenance.source
@@ -163,13 +174,19 @@ def _base(provenance: Provenance, folder: Path) -> dict[str, Any]:
     return base
 
 
-def _write_weights(draft: Path, model: Any, tokenizer: Any, metadata: ExportMetadata) -> None:
+def _write_weights(draft: Path, model: Any, tokenizer: Any, metadata: ExportMetadata, adapter: str | None) -> None:
     if metadata.weights == "adapter":
+        assert adapter is not None
         label = metadata.base.get("name") or BASE_FOLDER
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = label if metadata.base["kind"] in ("hub", "embedded") else ""
+        model.peft_config[adapter].base_model_name_or_path = (
+            label if metadata.base["kind"] in ("hub", "embedded") else ""
+        )
         # embeddings are never trained here, and looking for resized ones would ask the hub
-        model.save_pretrained(str(draft), save_embedding_layers=False)
+        model.save_pretrained(str(draft), save_embedding_layers=False, selected_adapters=[adapter])
+        if (draft / adapter).is_dir():  # all but the one named "default" get a folder of their own
+            for file in (draft / adapter).iterdir():
+                file.rename(draft / file.name)
+            (draft / adapter).rmdir()
         (draft / "README.md").unlink(missing_ok=True)  # peft's empty card
         _in_order(draft / "adapter_config.json")
         if metadata.base["kind"] == "embedded":
@@ -179,7 +196,12 @@ def _write_weights(draft: Path, model: Any, tokenizer: Any, metadata: ExportMeta
         if metadata.base["kind"] == "embedded":
             _save_plain(model, draft / BASE_FOLDER, tokenizer)
         return
-    _save_plain(merged_model(model) if metadata.weights == "merged" else model, draft, tokenizer)
+    _save_plain(_merged(model, adapter) if metadata.weights == "merged" else model, draft, tokenizer)
+
+
+def _merged(model: Any, adapter: str | None) -> Any:
+    with using_adapter(model, adapter):
+        return merged_model(model)
 
 
 def _in_order(config_file: Path) -> None:
