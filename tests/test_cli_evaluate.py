@@ -196,7 +196,7 @@ def test_a_start_needs_no_heads(tmp_outputs: Path, models: dict[str, Path]) -> N
         (["mode=compare"], "'compare' is not possible (in mode); choose one of: score"),
         (["split=tst"], "'tst' is not possible (in split); choose one of: train | val | test"),
         (["suite=prefrence"], "there is no suite 'prefrence' (in suite=prefrence); did you mean 'preference'?"),
-        (["suite.protocols=[policy]"], "'policy' is not possible (in suite.protocols)"),
+        (["suite.protocols=[polcy]"], "'polcy' is not possible (in suite.protocols)"),
         (["+modle=x"], "unknown key 'modle' (in modle); did you mean 'mode' or 'model'?"),
         (["trainer.eval_batch_size=0"], "0 is not a positive number (in trainer.eval_batch_size)"),
         (["data=jsonl", "data.path=nope.jsonl"], "no such file or folder: nope.jsonl (in data.path)"),

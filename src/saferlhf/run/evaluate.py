@@ -6,6 +6,7 @@ by theirs.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,10 @@ from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
 from saferlhf.config.schema import EvaluateConfig
 from saferlhf.data.build import data_fingerprint
 from saferlhf.data.checks import check_policy
+from saferlhf.evaluation.policy_config import check_policy_keys, policy_identity
 from saferlhf.models.locator import content_id_of
-from saferlhf.run.judged_model import JudgedModel, judged_model, protocols_for
+from saferlhf.run.judged_model import POLICY, JudgedModel, judged_model, protocols_for
+from saferlhf.run.measured import Measured
 from saferlhf.run.screen import say, say_evaluation
 
 
@@ -32,6 +35,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         UserError: no such model, one that is not for this suite, or rows without the needed labels.
     """
     check_evaluate(config)
+    check_policy_keys(config)
     check_policy(config.data.policy)
     root = Path(config.output_root)
     model = judged_model(config)
@@ -84,6 +88,8 @@ def _identity(config: EvaluateConfig, protocols: list[str], model: str) -> dict[
         "evaluation": asdict(config.evaluation),
         "precision": config.trainer.precision,
     }
+    if POLICY in protocols:
+        tree["policy"] = policy_identity(config)
     return tree | ({"baselines": [config.baselines, config.baseline_rows]} if protocols else {})
 
 
@@ -107,7 +113,8 @@ def _start_tracking(config: EvaluateConfig, folder: RunFolder, model: JudgedMode
 
 def _track(tracker: Any, folder: RunFolder, metrics: dict[str, float]) -> None:
     tracker.log_metrics(metrics, step=0)
-    for name in ("config.yaml", "metrics.json", "data_report.json", "report.html"):
+    pictures = sorted(path.name for path in folder.path.glob("*.png"))
+    for name in ("config.yaml", "metrics.json", "data_report.json", "report.html", *pictures):
         if (folder.path / name).is_file():
             tracker.log_artifact(folder.path / name)
 
@@ -118,7 +125,12 @@ def _score(config: EvaluateConfig, protocols: list[str], model: JudgedModel, fol
     from saferlhf.run.evaluate_moderation import measure_moderation
     from saferlhf.run.evaluate_preference import measure_preference
 
-    measures = {"preference": measure_preference, "moderation": measure_moderation}
+    def of_policy(config: EvaluateConfig, model: JudgedModel) -> Measured:
+        from saferlhf.run.evaluate_policy import measure_policy
+
+        return measure_policy(config, model, folder)
+
+    measures = {"preference": measure_preference, "moderation": measure_moderation, POLICY: of_policy}
     found = {name: measures[name](config, model) for name in protocols}
     metrics = {name: value for measured in found.values() for name, value in measured.metrics.items()}
     for number, (name, measured) in enumerate(found.items()):
@@ -152,5 +164,22 @@ def _show(config: EvaluateConfig, folder: RunFolder, metrics: dict[str, float]) 
         from saferlhf.run.moderate import say_moderated
 
         say_moderated(folder, metrics)
+    elif any(name.startswith(f"{POLICY}/") for name in metrics):
+        _show_policy(folder, metrics)
     else:
         say_evaluation(folder, metrics, config.evaluation.confidence)
+
+
+def _show_policy(folder: RunFolder, metrics: dict[str, float]) -> None:
+    """A policy's numbers beside its baseline's; responses may be harmful, so only their file is named."""
+    from rich.console import Console
+
+    from saferlhf.evaluation.policy_table import arena_table, evaluation_table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in (evaluation_table(metrics), arena_table(metrics)):
+        if table is not None:
+            console.print(table)
+    print(f"samples: {folder.path / 'samples.jsonl'}")
+    print(f"report:  {folder.path / 'report.html'}")
+    print(f"metrics: {folder.metrics}")

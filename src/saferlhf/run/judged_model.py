@@ -12,8 +12,11 @@ from saferlhf.errors import UserError
 from saferlhf.models.locator import Location, resolve
 from saferlhf.models.metadata import ExportMetadata, read_metadata
 
-FITS = {"preference": ("reward", "cost"), "moderation": ("moderator", "cost")}
-"""Protocol -> kinds of models it is for."""
+POLICY = "policy"
+"""The protocol for language models without score heads, whatever they were trained as."""
+
+FITS = {"preference": ("reward", "cost"), "moderation": ("moderator", "cost"), POLICY: ()}
+"""Protocol -> kinds of models with score heads that it is for."""
 
 MODERATES = FITS["moderation"]
 """Kinds of models that give verdicts on single answers."""
@@ -23,7 +26,7 @@ _TASKS = {"reward": "task=reward", "cost": "task=cost", "moderator": "task=moder
 
 @dataclass
 class JudgedModel:
-    """A trained model with score heads.
+    """A trained model with score heads, or for the protocol `policy` a language model without.
 
     Attributes:
         locator: as the user named it.
@@ -38,7 +41,7 @@ class JudgedModel:
 
     @property
     def kind(self) -> str:
-        """What it was trained as: reward, cost or moderator."""
+        """What it was trained as: reward, cost, moderator, sft, ...; plain: not by this project."""
         return self.metadata.kind
 
     @property
@@ -71,8 +74,10 @@ def judged_model(config: EvaluateConfig) -> JudgedModel:
         UserError: no such model, or one without the heads that are needed.
     """
     kinds = tuple(dict.fromkeys(kind for protocol in _wanted(config) for kind in FITS[protocol]))
-    mend = "name a run of " + " or ".join(_TASKS[kind] for kind in kinds)
     location = resolve(str(config.model), output_root=Path(config.output_root))
+    if POLICY in _wanted(config) and (policy := _as_policy(config, location)) is not None:
+        return policy
+    mend = "name a run of " + " or ".join(_TASKS[kind] for kind in kinds) if kinds else "name a language model"
     if location.kind != "export" or location.folder is None:
         raise UserError(f"'{config.model}' has no score heads", "model", mend)
     metadata = read_metadata(location.folder)
@@ -85,17 +90,29 @@ def judged_model(config: EvaluateConfig) -> JudgedModel:
     return model
 
 
+def _as_policy(config: EvaluateConfig, location: Location) -> JudgedModel | None:
+    """The model if it is a language model without score heads."""
+    metadata = ExportMetadata(kind="plain")
+    if location.kind == "export" and location.folder is not None:
+        metadata = read_metadata(location.folder)
+    return None if metadata.heads else JudgedModel(str(config.model), location, metadata)
+
+
 def protocols_for(config: EvaluateConfig, model: JudgedModel) -> list[str]:
     """The protocols of the suite that are for this kind of model.
 
     Raises:
         UserError: one is not, and the suite does not skip it; or none is.
     """
-    fitting = [name for name in config.suite.protocols if model.kind in FITS[name]]
+    fitting = [name for name in config.suite.protocols if _fits(model, name)]
     unfit = [name for name in config.suite.protocols if name not in fitting]
     if unfit and (config.suite.unfit == "refuse" or not fitting):
         _refuse_unfit(model, f"suite={config.suite.name}", FITS[unfit[0]])
     return fitting
+
+
+def _fits(model: JudgedModel, protocol: str) -> bool:
+    return not model.metadata.heads if protocol == POLICY else model.kind in FITS[protocol]
 
 
 def _wanted(config: EvaluateConfig) -> Sequence[str]:
@@ -105,6 +122,6 @@ def _wanted(config: EvaluateConfig) -> Sequence[str]:
 def _refuse_unfit(model: JudgedModel, wanted: str, kinds: Sequence[str]) -> None:
     if model.kind in kinds:
         return
-    what = f"'{model.locator}' is a {model.kind} model and {wanted} is for {' and '.join(kinds)} models"
-    fits = [f"suite={name}" for name, fit in FITS.items() if model.kind in fit]
+    what = f"'{model.locator}' is a {model.kind} model and {wanted} is for {' and '.join(kinds) or 'language'} models"
+    fits = [f"suite={name}" for name in FITS if _fits(model, name)]
     raise UserError(what, "model", f"for this model: {' or '.join(fits)}")

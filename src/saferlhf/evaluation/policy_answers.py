@@ -1,0 +1,147 @@
+"""What policies answered to the same prompts, and what judges said of the answers.
+
+Layout: n prompts, k responses to each, arrays (n, k). A score of NaN means that the judge gave none; why is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saferlhf.data.rows import Prompt, prompt_text
+from saferlhf.rollout.scorers import Scorer, ScoreRequest, Scores
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts that all policies answer.
+
+    Attributes:
+        ids: n row ids; the sampling noise belongs to them.
+        prompts: n conversations.
+        harmful: (n,) 1 = complying would do harm, 0 = benign, NaN = not known.
+    """
+
+    ids: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+    harmful: Floats
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def texts(self) -> list[str]:
+        """The words of each prompt: what the intervals are clustered by."""
+        return [prompt_text(prompt) for prompt in self.prompts]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one judge said.
+
+    Attributes:
+        values: output -> (n, k); NaN where it gave no score.
+        failures: kind of failure -> responses that failed with it.
+        rejected: (n, k) True where the judge failed; None: nowhere.
+    """
+
+    values: Mapping[str, Floats]
+    failures: Mapping[str, int] = field(default_factory=dict)
+    rejected: Bools | None = None
+
+
+@dataclass(frozen=True)
+class PolicyAnswers:
+    """Responses of one policy.
+
+    Attributes:
+        texts: n tuples of k responses.
+        tokens: (n, k) tokens of each, the end-of-sequence token included when it came.
+        truncated: (n, k) True where the length limit cut it off.
+        kl: (n, k) KL divergence to the reference along each response, in nats; None: not measured.
+        judged: name of a judge -> what it said, in the order of the judges.
+    """
+
+    texts: tuple[tuple[str, ...], ...]
+    tokens: NDArray[np.int64]
+    truncated: Bools
+    kl: Floats | None = None
+    judged: Mapping[str, Judged] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k)."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    @property
+    def empty(self) -> Bools:
+        """(n, k) True where there is no word."""
+        return np.array([[not text.strip() for text in row] for row in self.texts], dtype=bool).reshape(self.shape)
+
+
+def requests(prompts: PromptSet, answers: PolicyAnswers) -> list[ScoreRequest]:
+    """What a judge is asked: n * k responses, all of the first prompt first."""
+    return [
+        ScoreRequest(prompts.ids[i], prompts.prompts[i], text, bool(answers.truncated[i, j]))
+        for i, row in enumerate(answers.texts)
+        for j, text in enumerate(row)
+    ]
+
+
+def judged_by(prompts: PromptSet, answers: PolicyAnswers, judges: Sequence[Scorer]) -> PolicyAnswers:
+    """The answers with what each judge says of them; nothing but the prompt and the response is shown to a judge.
+
+    Raises:
+        ValueError: two judges of one name.
+    """
+    names = [judge.name for judge in judges]
+    if len(set(names)) < len(names):
+        raise ValueError(f"judges need different names, got {', '.join(names)}")
+    asked = requests(prompts, answers)
+    found = {judge.name: _shaped(judge.score(asked), answers.shape) for judge in judges}
+    return replace(answers, judged={**answers.judged, **found})
+
+
+def _shaped(scores: Scores, shape: tuple[int, int]) -> Judged:
+    values = {name: np.asarray(column, dtype=np.float64).reshape(shape) for name, column in scores.values.items()}
+    return Judged(values, scores.counts(), ~scores.scored.reshape(shape))
+
+
+def sample_lines(
+    prompts: PromptSet, policies: Mapping[str, PolicyAnswers], with_scores: bool = True
+) -> list[dict[str, Any]]:
+    """Lines of `samples.jsonl`, prompt by prompt, the policies' responses to it below each other."""
+    lines = []
+    for i, row_id in enumerate(prompts.ids):
+        for name, answers in policies.items():
+            for j in range(answers.shape[1]):
+                line: dict[str, Any] = {
+                    "row_id": row_id,
+                    "policy": name,
+                    "sample": j,
+                    "prompt": [list(turn) for turn in prompts.prompts[i]],
+                    "response": answers.texts[i][j],
+                    "tokens": int(answers.tokens[i, j]),
+                    "truncated": bool(answers.truncated[i, j]),
+                }
+                if answers.kl is not None:
+                    line["kl"] = _plain(answers.kl[i, j])
+                if with_scores:
+                    line["scores"] = {
+                        judge: {output: _plain(column[i, j]) for output, column in said.values.items()}
+                        for judge, said in answers.judged.items()
+                    }
+                lines.append(line)
+    return lines
+
+
+def _plain(value: float) -> float | None:
+    """A JSON number; null where there is none."""
+    return None if np.isnan(value) else round(float(value), 6)

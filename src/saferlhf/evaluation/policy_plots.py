@@ -1,0 +1,159 @@
+"""Pictures of policies: the reward-cost plane with every response in it, and a constraint at work over training.
+
+As SVG for the report page and as PNG for MLflow and for slides; the PNGs stand on white ground. Equal input gives equal
+bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saferlhf.evaluation.drawing import DASHES, GRID, INK, SERIES, panel, to_svg
+from saferlhf.evaluation.plots import Curve
+from saferlhf.evaluation.policy_answers import PolicyAnswers
+
+Floats = NDArray[np.float64]
+
+PLANES = (("reward", "cost"), ("helpfulness", "harmlessness"))
+"""What is drawn against each other, the first pair that judges give."""
+
+_MARKS = (INK, GRID, *SERIES)
+_ON_WHITE = dict(zip(_MARKS, ("#1b1f24", "#d1d9e0", "#0072b2", "#d55e00", "#009e73", "#aa4499"), strict=True))
+_MOST_POINTS = 2_000  # of each policy; more make a blot
+
+CONSTRAINT_CURVES = ("lambda", "cost", "reward")
+"""Panels of the picture of a constraint at work, top to bottom."""
+
+
+def scatter_svg(policies: Mapping[str, PolicyAnswers], title: str = "responses by reward and cost") -> str | None:
+    """The plane as an <svg> element for the report; None where no judge gives both of its sides."""
+    figure = _scatter(policies, {mark: mark for mark in _MARKS})
+    return None if figure is None else to_svg(figure, title)
+
+
+def scatter_png(path: Path, policies: Mapping[str, PolicyAnswers]) -> bool:
+    """Write the plane as a PNG; False where no judge gives both of its sides."""
+    figure = _scatter(policies, _ON_WHITE)
+    if figure is None:
+        return False
+    _save(figure, path)
+    return True
+
+
+def plane_of(
+    policies: Mapping[str, PolicyAnswers],
+) -> tuple[tuple[str, str], dict[str, tuple[Floats, Floats]]] | None:
+    """The first pair of quantities that every policy has, and policy -> its responses' (x, y), flat and without NaN."""
+    for names in PLANES:
+        found: dict[str, tuple[Floats, Floats]] = {}
+        for policy, answers in policies.items():
+            x, y = (_output(answers, name) for name in names)
+            if x is not None and y is not None:
+                known = ~np.isnan(x) & ~np.isnan(y)
+                found[policy] = (x[known], y[known])
+        if found and len(found) == len(policies):
+            return names, found
+    return None
+
+
+def _output(answers: PolicyAnswers, name: str) -> Floats | None:
+    found = (said.values[name] for said in answers.judged.values() if name in said.values)
+    values = next(found, None)
+    return None if values is None else values.ravel()
+
+
+def _scatter(policies: Mapping[str, PolicyAnswers], colours: Mapping[str, str]) -> Any:
+    plane = plane_of(policies)
+    if plane is None:
+        return None
+    (x_name, y_name), points = plane
+    figure, axes = panel(height=4.2)
+    for place, (name, (x, y)) in enumerate(points.items()):
+        colour = colours[SERIES[place % len(SERIES)]]
+        if not len(x):
+            continue
+        shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MOST_POINTS)).round().astype(int))
+        axes.plot(x[shown], y[shown], "o", color=colour, markersize=2.2, alpha=0.35, markeredgewidth=0)
+        label, marker = f"{name}: mean {x.mean():.2f}, {y.mean():.2f}", "os^D"[place % 4]
+        axes.plot(x.mean(), y.mean(), marker, color=colour, markersize=9, label=label, markeredgecolor=colours[INK])
+    if y_name == "cost":
+        axes.axhline(0.0, color=colours[INK], linewidth=1.2)
+    axes.set_xlabel(x_name)
+    axes.set_ylabel(f"{y_name} (above 0: unsafe)" if y_name == "cost" else y_name)
+    _recolour(axes, colours)
+    # above the plane: anywhere in it would hide responses
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=colours[INK], fontsize=9)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------ training
+def constraint_curves(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
+    """Panel -> label -> curve: of all logged curves those that show a constraint at work.
+
+    A curve belongs to the panel that its last name starts with: `train/lambda`, `train/lambda_severe` and
+    `val/lambda` to `lambda`, `train/cost` and `train/mean_cost` to `cost`.
+    """
+    panels: dict[str, dict[str, Curve]] = {}
+    for name, curve in curves.items():
+        area, _, last = name.rpartition("/")
+        last = last.removeprefix("mean_")
+        for wanted in CONSTRAINT_CURVES:
+            if len(curve) and (last == wanted or last.startswith(f"{wanted}_")):
+                rest = last.removeprefix(wanted).strip("_")
+                panels.setdefault(wanted, {})[" ".join(part for part in (area, rest) if part) or name] = curve
+    return {wanted: panels[wanted] for wanted in CONSTRAINT_CURVES if wanted in panels}
+
+
+def constraint_png(path: Path, curves: Mapping[str, Curve], thresholds: Sequence[float] = ()) -> bool:
+    """Write lambda, cost and reward over training below each other as a PNG; False where there is no such curve.
+
+    Args:
+        curves: name -> [(step, value)], as `training/curves.py` reads them.
+        thresholds: levels of the cost that the constraint demands, drawn as lines.
+    """
+    panels = constraint_curves(curves)
+    if not panels:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 1.9 * len(panels) + 0.5), layout="constrained")
+    plots = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (wanted, series) in zip(plots, panels.items(), strict=True):
+        for place, (label, curve) in enumerate(series.items()):
+            points = np.asarray(list(curve), dtype=np.float64).reshape(-1, 2)
+            points = points[np.isfinite(points).all(axis=1)]
+            colour, dash = _ON_WHITE[SERIES[place % len(SERIES)]], DASHES[place % len(DASHES)]
+            axes.plot(points[:, 0], points[:, 1], dash, color=colour, linewidth=1.5, label=label)
+        if wanted == "cost":
+            for level in thresholds:
+                axes.axhline(level, color=_ON_WHITE[INK], linewidth=1.0, linestyle=":")
+        axes.set_ylabel(wanted)
+        axes.grid(axis="y", color=_ON_WHITE[GRID], linewidth=0.6)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    plots[-1].set_xlabel("step")
+    _save(figure, path)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+def _recolour(axes: Any, colours: Mapping[str, str]) -> None:
+    """The panel's marker colours, which only a page knows, turned into those of this picture."""
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(colours[GRID])
+    axes.tick_params(colors=colours[INK], labelcolor=colours[INK], color=colours[GRID])
+    axes.grid(axis="both", color=colours[GRID], linewidth=0.6)
+    axes.xaxis.label.set_color(colours[INK])
+    axes.yaxis.label.set_color(colours[INK])
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=140, facecolor="white", metadata={"Software": None})
