@@ -21,6 +21,9 @@ _HEADLINES = (
     "nll",
     "truth_helpfulness",
     "best_safe_helpfulness",
+    "helpful_win_rate",
+    "harmless_win_rate_harmful",
+    "harmless_win_rate",
     "safe_rate",
     "benign_refusal_rate",
 )
@@ -33,7 +36,7 @@ _HEADLINES_OF = {
 }
 """The same in the areas of a moderator, whose names would mean nothing without their area."""
 
-_BASELINES = {"constant": "const.", "length": "length", "longer": "longer", "tfidf": "TF-IDF"}
+_BASELINES = {"constant": "const.", "length": "length", "longer": "longer", "tfidf": "TF-IDF", "policy": "baseline"}
 """Baseline -> its column."""
 
 _SUFFIXES = ("_low", "_high", "_n")
@@ -152,7 +155,8 @@ def format_baseline(line: MetricLine, name: str) -> str:
 
 
 def _area(name: str) -> str:
-    return "/".join(name.split("/")[:2])
+    parts = name.split("/")
+    return parts[0] if len(parts) == 2 else "/".join(parts[:2])  # `policy/safe_rate` has no split before it
 
 
 def _headlines(name: str) -> tuple[str, ...]:
@@ -162,7 +166,7 @@ def _headlines(name: str) -> tuple[str, ...]:
 
 def _is_headline(name: str) -> bool:
     last = name.rpartition("/")[2]
-    return last in _headlines(name) and not name.partition("/")[2].startswith(("baseline_", "over_"))
+    return last in _headlines(name) and not name.partition("/")[2].startswith(("baseline_", "over_", "by_"))
 
 
 def _rank(name: str) -> int:
