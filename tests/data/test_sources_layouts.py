@@ -14,7 +14,10 @@ import pytest
 
 from saferlhf.config.schema import DataConfig, DataPolicyConfig
 from saferlhf.data.build import build_data
-from saferlhf.data.rows import PreferencePair, PromptRow, QuestionAnswer, Turn
+from saferlhf.data.columns import choose_columns
+from saferlhf.data.files import Record
+from saferlhf.data.parse import BadValue
+from saferlhf.data.rows import PreferencePair, PromptRow, QuestionAnswer, Turn, prompt_text
 from saferlhf.data.sources import SourceRows, load_source
 from saferlhf.data.sources.layouts import dialogue_turns
 from saferlhf.data.taxonomy import BEAVERTAILS_CATEGORIES, PKU_CATEGORIES, TAXONOMIES, taxonomy_of
@@ -329,3 +332,23 @@ def test_packed_files_of_old_releases(tmp_path: Path, file_config: Make, end: st
     facts = [(fact.name, fact.split, fact.rows) for fact in found.facts]
     assert facts == [(f"round0/train.jsonl.{end}", "train", 1), (f"round0/test.jsonl.{end}", "test", 1)]
     assert found.facts[0].sha256 == hashlib.sha256((folder / f"train.jsonl.{end}").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"instruction": "Sum up.", "input": "A text.", "output": "x"}, "Sum up.\nA text."),
+        ({"instruction": "Say hello.", "input": "", "output": "x"}, "Say hello."),
+        ({"instruction": "Say hello.", "input": None, "output": "x"}, "Say hello."),
+        ({"instruction": "Say hello.", "output": "x"}, "Say hello."),
+    ],
+)
+def test_alpacas_input_belongs_to_the_prompt(record: dict[str, Any], prompt: str) -> None:
+    mapping = {"prompt": "instruction + input", "response": "output"}
+    records = [Record({"instruction": "a", "input": "b", "output": "c"}, "x.json:1"), Record(record, "x.json:2")]
+    columns = choose_columns(QuestionAnswer, mapping, records)
+    assert prompt_text(columns.row(records[1]).prompt) == prompt
+    with pytest.raises(BadValue, match="holds a int"):
+        columns.row(Record({"instruction": "Sum up.", "input": 3, "output": "x"}, "x.json:3"))
+    with pytest.raises(UserError, match="no column 'instruction \\+ input'"):
+        choose_columns(QuestionAnswer, mapping, [Record({"input": "b", "output": "c"}, "y.json:1")])

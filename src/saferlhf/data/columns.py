@@ -2,9 +2,10 @@
 
 Without a mapping PKU-SafeRLHF's own names are looked for, and for pairs `chosen` and `rejected`, which say in two
 columns what `response_0`, `response_1`, `better_response_id` and `single_response_id` say in four. A mapped name may
-be a dotted path into nested objects (`extra.question`), or a list of columns of which the first that is there counts;
-null leaves a column out. Prompts are text or lists of chat turns; `chosen` and `rejected` may be whole conversations,
-whose last turn is the response. Columns nobody asked for are ignored.
+be a dotted path into nested objects (`extra.question`), columns whose texts are joined (`instruction + input`), or a
+list of columns of which the first that is there counts; null leaves a column out. Prompts are text or lists of chat
+turns; `chosen` and `rejected` may be whole conversations, whose last turn is the response. Columns nobody asked for are
+ignored.
 
 A record that cannot become a row raises `BadValue`; it never ends the reading, `data.policy` says what happens to it.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saferlhf.data.files import Record
@@ -61,15 +61,32 @@ class BadValue(UserError):
         return self.where
 
 
+JOIN = " + "
+"""Between columns whose texts make one, as Alpaca's instruction and input."""
+
+
 def lookup(values: Any, column: str) -> Any:
-    """The value of a column, or of a dotted path when no column has the whole name."""
+    """The value of a column, or of a dotted path when no column has the whole name.
+
+    `a + b` joins texts by a line break; the first column must be there, others may be missing or empty.
+    """
     if column in values:
         return values[column]
+    if JOIN in column:
+        return _joined([lookup(values, part.strip()) for part in column.split(JOIN)])
     for part in column.split("."):
         if not isinstance(values, Mapping) or part not in values:
             return MISSING
         values = values[part]
     return values
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    present = [part for part in parts if part is not MISSING and part is not None and part != ""]
+    if parts[0] is MISSING or not present:
+        return parts[0]
+    # what is no text is handed on as it is: the reader says what is wrong with it
+    return next((part for part in present if not isinstance(part, str)), None) or "\n".join(present)
 
 
 class Reader:
