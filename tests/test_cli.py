@@ -240,7 +240,7 @@ def test_help_is_useful(command: str) -> None:
     assert max(map(len, text.splitlines())) <= 120
     commands = examples(text, command)
     assert len(commands) >= 5
-    for group in ("trainer: cpu, default, gpu", "data: beavertails, ", "tracking: mlflow, none"):
+    for group in ("trainer: cpu, default, gpu", "data: alpaca, beavertails, ", "tracking: mlflow, none"):
         assert group in text
     assert "docs/configuration.md" in text
     assert "{" not in text and "$" not in text, "nothing is left unfilled"

@@ -128,7 +128,7 @@ def test_another_error_of_a_command_stops_the_jobs_that_run(jobs: Jobs) -> None:
         raise KeyError("ours")
 
     pid = jobs.folder / "pid"
-    wait = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(30)"
+    wait = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
     started = time.monotonic()
 
     def when_it_runs(known: Known) -> None:
@@ -138,7 +138,7 @@ def test_another_error_of_a_command_stops_the_jobs_that_run(jobs: Jobs) -> None:
 
     with pytest.raises(KeyError):
         launch([jobs.job("a", wait)], at_once=1, on_poll=when_it_runs)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     with pytest.raises(KeyError):
