@@ -23,6 +23,7 @@ from saferlhf.tasks.probe_fit import fit_probe
 
 N, WIDTH = 240, 4
 SIZES = {"unsafe": 1, "category": 2, "severity": 3}
+LAYERS = [0, 1, 2, 3, 4]
 TASK = ProbeConfig(name="probe", _target_="saferlhf.tasks.probe.ProbeTask", span="both", l2=[0.3, 0.03], folds=3)
 
 
@@ -39,7 +40,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[RowFeatures, Targ
     unsafe = (strength > 0).astype(np.int64)
     severity = np.where(unsafe, 1 + (strength > 0.7) + (strength > 1.5), 0).astype(np.int64)
     category = np.stack([unsafe & (truth[:, 0] > 0), unsafe & (truth[:, 1] > 0)], axis=1).astype(np.int64)
-    store = FeatureStore({"planted": True, "layers": [0, 1, 2, 3, 4]}, (5, 2, WIDTH), "float32", tmp_path_factory.mktemp("cache"))
+    store = FeatureStore(
+        {"planted": True, "layers": LAYERS}, (5, 2, WIDTH), "float32", tmp_path_factory.mktemp("cache")
+    )
     keys = [row_key(np.array([i]), 0) for i in range(N)]
     with store.writing() as add:
         add(keys, parts)
@@ -119,7 +122,9 @@ def test_out_of_fold_outputs_are_honest(planted: Any, automatic: Any) -> None:
 def _noise(planted: Any) -> tuple[Any, Any]:
     features, targets = planted
     draw = np.random.default_rng(1)
-    store = FeatureStore({"noise": True, "layers": [0, 1, 2, 3, 4]}, (5, 2, WIDTH), "float32", features.store.folder.parent.parent)
+    store = FeatureStore(
+        {"noise": True, "layers": LAYERS}, (5, 2, WIDTH), "float32", features.store.folder.parent.parent
+    )
     with store.writing() as add:
         add(features.keys, draw.standard_normal((N, 5, 2, WIDTH)))
     return replace(features, store=store), targets
