@@ -36,6 +36,10 @@ FAST = [
     "tracking=none",
 ]
 
+MODELS = ["init=given", "roles.reward.model=given"]
+NEEDED = {"ppo": MODELS, "ppo_lag": [*MODELS, "roles.cost.model=given"]}
+"""What a task cannot do without, beside its name."""
+
 
 @dataclass
 class Answer:

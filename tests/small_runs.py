@@ -60,6 +60,55 @@ def small(*overrides: str) -> list[str]:
     return list(keyed.values())
 
 
+def online(policy: Path, *overrides: str) -> list[str]:
+    """The overrides of a small PPO-Lagrangian run: a small policy, and plain functions as reward and cost."""
+    scorers = (
+        "{reward: {kind: function, function: 'toy_scores:reward', on_empty: score},"
+        " cost: {kind: function, function: 'toy_scores:cost', outputs: [cost], on_empty: score}}"
+    )
+    return small(
+        "task=ppo_lag",
+        f"init={policy}",
+        f"scorers={scorers}",
+        "rollout.prompts=6",
+        "rollout.samples=2",
+        "rollout.max_new_tokens=8",
+        "data.train_rows=16",
+        "trainer.epochs=20",
+        "trainer.max_steps=4",
+        "trainer.micro_batch_size=5",
+        "checkpoint.every_steps=2",
+        *overrides,
+    )
+
+
+def policy_folder(path: Path) -> Path:
+    """An export of a small policy of the toy world's words, with random weights."""
+    from saferlhf.models.backbone import load_backbone
+    from saferlhf.models.export import save_export
+    from saferlhf.models.metadata import ExportMetadata
+    from saferlhf.models.tokenizer import load_tokenizer
+    from saferlhf.run.stages import vocabulary_of
+
+    made = config(small("task=sft", f"output_root={path.parent}"))
+    tokenizer = load_tokenizer(made.backbone, vocabulary=vocabulary_of(made), output_root=path.parent)
+    model = load_backbone(
+        made.backbone,
+        quantization=made.quantization,
+        init=None,
+        lm_head=True,
+        vocabulary_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        seed=0,
+        output_root=path.parent,
+    )
+    save_export(
+        path, model=model, tokenizer=tokenizer, metadata=ExportMetadata(kind="sft", template="native", max_length=128)
+    )
+    return path
+
+
 def config(overrides: list[str]) -> TrainConfig:
     """A checked config from the whole list of overrides."""
     # where the outputs lie changes from test to test and nothing else with it: composing takes its time

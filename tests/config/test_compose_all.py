@@ -7,18 +7,20 @@ import shlex
 from pathlib import Path
 
 import pytest
-from command_lines import composed
+from command_lines import NEEDED, composed
 from omegaconf import DictConfig, OmegaConf
 
+from saferlhf.config.checks_online import ONLINE_GROUPS
 from saferlhf.config.paths import conf_dir
 from saferlhf.config.task_schema import TASKS
 from saferlhf.config.validate import DIFF_GROUPS, evaluate_config, pipeline_config, train_config
+from saferlhf.errors import UserError
 from saferlhf.pipeline.stages import Stages
 from saferlhf.run.prepare import checked
 
 CONF = conf_dir()
 OPTIONS = [str(file.relative_to(CONF).with_suffix("")) for file in sorted(CONF.rglob("*.yaml")) if file.parent != CONF]
-EVALUATE_GROUPS = ("suite", "data", "trainer", "tracking", "evaluation")
+EVALUATE_GROUPS = ("suite", "data", "trainer", "tracking", "evaluation", "judge")
 
 
 def parts_of(option: str) -> tuple[str, str]:
@@ -45,7 +47,7 @@ def filled(tree: DictConfig) -> DictConfig:
     return tree
 
 
-RUN_GROUPS = sorted({parts_of(option)[0] for option in OPTIONS} - {*DIFF_GROUPS, "pipeline", "suite", "task"})
+RUN_GROUPS = sorted({parts_of(option)[0] for option in OPTIONS} - {*DIFF_GROUPS, "pipeline", "suite", "judge", "task"})
 
 
 def rounds(*groups: str) -> list[list[str]]:
@@ -60,7 +62,8 @@ def check_names(config: object, options: list[str]) -> None:
     for option in options:
         group, _, name = option.partition("/")
         if "/" not in name:
-            assert getattr(getattr(config, group), "name", name) == name
+            chosen = getattr(config, group)
+            assert (chosen if isinstance(chosen, dict) else vars(chosen)).get("name", name) == name
 
 
 @pytest.mark.parametrize("options", rounds(*RUN_GROUPS), ids=lambda options: str(len(options)))
@@ -71,7 +74,7 @@ def test_choices_of_train(options: list[str]) -> None:
 
 @pytest.mark.parametrize("option", options_of("task"))
 def test_a_task(option: str) -> None:
-    config = checked(train_config(composed(override(option))))
+    config = checked(train_config(composed(override(option), *NEEDED.get(parts_of(option)[1], []))))
     assert type(config.task) is TASKS[config.task.name]
     assert config.name == config.task.name
 
@@ -124,13 +127,36 @@ def test_a_diff_runs_by_its_command(option: str) -> None:
 @pytest.mark.parametrize("option", options_of("debug"))
 @pytest.mark.parametrize("task", TASKS)
 def test_a_debug_choice_goes_with_every_task(option: str, task: str) -> None:
-    assert checked(train_config(composed(f"task={task}", override(option)))).name == composed(override(option)).name
+    assert (
+        checked(train_config(composed(f"task={task}", override(option), *NEEDED.get(task, [])))).name
+        == composed(override(option)).name
+    )
 
 
 def test_the_default_command_names_neither_task_nor_pipeline() -> None:
     tree = composed()
     assert tree.get("task") is None
     assert tree.get("pipeline") is None
+
+
+def test_the_command_line_wins_over_what_a_task_chooses() -> None:
+    for task, constraint in (("ppo", "none"), ("ppo_lag", "lagrangian")):
+        plain = train_config(composed(f"task={task}"))
+        assert (plain.constraint.name, plain.advantage.name, plain.task.name) == (constraint, "gae", task)
+        words = [f"task={task}", "constraint=pid", "advantage=rloo", "roles=shared", "rollout=vllm", "task.epochs=3"]
+        # in any order
+        for typed in (words, words[::-1]):
+            config = train_config(composed(*typed))
+            assert (config.constraint.name, config.advantage.name, config.task.epochs) == ("pid", "rloo", 3)
+            assert config.roles and config.rollout and (config.roles.name, config.rollout.name) == ("shared", "vllm")
+
+
+def test_supervised_tasks_have_no_online_groups() -> None:
+    config = train_config(composed("task=reward"))
+    assert [getattr(config, group) for group in ONLINE_GROUPS] == [None] * len(ONLINE_GROUPS)
+    for word in ("constraint=pid", "advantage=gae", "roles=shared", "rollout=native"):
+        with pytest.raises(UserError, match="task=reward samples nothing"):
+            checked(train_config(composed("task=reward", word)))
 
 
 def test_the_command_line_wins_over_a_diff() -> None:

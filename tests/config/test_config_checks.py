@@ -216,7 +216,7 @@ def test_an_evaluation_passes(evaluate_base: EvaluateConfig) -> None:
     [
         ({"mode": "compare"}, "mode"),
         ({"split": "tst"}, "split"),
-        ({"suite__protocols": ["policy"]}, "suite.protocols"),
+        ({"suite__protocols": ["arena"]}, "suite.protocols"),
         ({"suite__protocols": []}, "suite.protocols"),
         ({"model": " "}, "model"),
         ({"model": None}, "model"),

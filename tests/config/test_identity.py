@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_lines import config, finish
+from command_lines import NEEDED, config, finish
 
 from saferlhf.config.identity import HASH_LENGTH, identity_tree, run_hash
 from saferlhf.config.schema import TrainConfig
@@ -63,7 +63,7 @@ def hash_of(run: TrainConfig) -> str:
     return run_hash(identity_tree(run, as_given))
 
 
-BASE = {task: config(f"task={task}") for task in TASKS}
+BASE = {task: config(f"task={task}", *NEEDED.get(task, [])) for task in TASKS}
 ALL = [(task, *leaf) for task in TASKS for leaf in leaves(BASE[task])]
 LEAVES = [leaf for leaf in ALL if leaf[0] == "reward" or leaf[1].startswith("task.")]
 

@@ -12,8 +12,9 @@ import yaml
 
 from saferlhf.config import schema
 from saferlhf.config.paths import conf_dir
+from saferlhf.config.rollout_schema import JUDGES
 from saferlhf.config.task_schema import TASKS
-from saferlhf.config.validate import DIFF_GROUPS, RUNNER_KEYS
+from saferlhf.config.validate import DIFF_GROUPS, PLUGS, RUNNER_KEYS
 
 CONF = conf_dir()
 GROUPS = sorted({file.parent for file in CONF.rglob("*.yaml") if file.parent != CONF})
@@ -28,8 +29,10 @@ def group_fields(cls: type) -> dict[str, type]:
 
 def schema_of(group: str, option: str) -> type:
     """The dataclass of a group's option."""
-    if group == "task":
-        return TASKS[option]
+    if group in PLUGS:
+        return PLUGS[group][option]
+    if group == "judge":
+        return JUDGES[option]
     if group == "pipeline":
         return schema.PipelineConfig
     level: dict[str, type] = {**group_fields(schema.EvaluateConfig), **group_fields(schema.TrainConfig)}
@@ -97,7 +100,7 @@ def test_a_command_has_the_keys_of_its_schema(command: str, cls: type, more: set
     content = read(CONF / f"{command}.yaml")
     chosen, own = set(in_defaults(content)), set(content) - {"defaults", "hydra"}
     assert chosen | own == {f.name for f in dataclasses.fields(cls)} | more
-    assert chosen - more - {"task"} == set(group_fields(cls))
+    assert chosen - more - {*PLUGS, "judge"} == set(group_fields(cls))
     assert not chosen & own
 
 
@@ -114,10 +117,11 @@ def test_tasks_are_those_of_conf() -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
-def test_metadata_is_one_of_the_two_marks(cls: type) -> None:
+def test_metadata_is_one_of_the_marks(cls: type) -> None:
     assert cls.__doc__
     for field in dataclasses.fields(cls):
-        assert dict(field.metadata) in ({}, schema.OUTSIDE_IDENTITY, schema.CONTENT), f"{cls.__name__}.{field.name}"
+        known = ({}, schema.OUTSIDE_IDENTITY, schema.CONTENT, schema.IF_GIVEN)
+        assert dict(field.metadata) in known, f"{cls.__name__}.{field.name}"
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
@@ -140,9 +144,11 @@ def test_values_of_conf_are_those_of_the_dataclasses() -> None:
         "task/reward",
         "task/cost",
         "task/moderator",
+        "task/ppo",
     ]
     for group, _, option in (name.rpartition("/") for name in plain):
         cls = schema_of(group, option)
         content = read(CONF / group / f"{option}.yaml")
         required = {name: content[name] for name in ("name", "_target_") if name in content}
+        content.pop("defaults", None)
         assert dataclasses.asdict(cls(**required)) == content, group

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
 
+from saferlhf.config.check_values import layer_numbers, one_of, positive, seeds, shares
+from saferlhf.config.checks_online import check_online_run
+from saferlhf.config.checks_task import check_moderation, check_probe
 from saferlhf.config.schema import DataConfig, EvaluateConfig, EvaluationConfig, TrainConfig, TrainerConfig
-from saferlhf.config.task_schema import KernelConfig, ModerationConfig, ProbeConfig
+from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.errors import UserError
 
 PROTOCOLS = ("preference", "moderation", "policy")
 """What a suite may hold."""
-
-LARGEST_SEED = 2**32 - 1
 
 
 def check_config(config: TrainConfig) -> None:
@@ -24,24 +24,25 @@ def check_config(config: TrainConfig) -> None:
     _check_numbers(config)
     _check_model(config)
     _check_data(config)
+    check_online_run(config)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """The same for `evaluate.py`."""
-    _one_of(config.mode, "mode", ["score", "moderate"])
+    one_of(config.mode, "mode", ["score", "moderate"])
     if config.split is not None:
-        _one_of(config.split, "split", ["train", "val", "test", "all"])
-    _one_of(config.suite.unfit, "suite.unfit", ["refuse", "skip"])
+        one_of(config.split, "split", ["train", "val", "test", "all"])
+    one_of(config.suite.unfit, "suite.unfit", ["refuse", "skip"])
     for protocol in config.suite.protocols:
-        _one_of(protocol, "suite.protocols", PROTOCOLS)
+        one_of(protocol, "suite.protocols", PROTOCOLS)
     if not config.suite.protocols:
         raise UserError("nothing to measure", "suite.protocols", "choose from: " + " | ".join(PROTOCOLS))
     if not config.model or not config.model.strip():
         raise UserError("no model is named", "model", "give it on the command line: model=LOCATOR")
-    _one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])
+    one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])
     _check_trainer_choices(config.trainer)
     _check_name(config.name)
-    _positive(
+    positive(
         {
             **_evaluation_counts(config.evaluation),
             **_data_counts(config.data),
@@ -49,9 +50,9 @@ def check_evaluate(config: EvaluateConfig) -> None:
             "baseline_rows": config.baseline_rows,
         }
     )
-    _shares(_data_shares(config.data))
+    shares(_data_shares(config.data))
     _confidence(config.evaluation)
-    _seeds({"seed": config.seed, "data.seed": config.data.seed})
+    seeds({"seed": config.seed, "data.seed": config.data.seed})
     _check_source(config.data)
 
 
@@ -65,42 +66,36 @@ def _check_target(config: TrainConfig) -> None:
         )
 
 
-def _one_of(value: str, where: str, choices: Iterable[str]) -> None:
-    options = list(choices)
-    if value not in options:
-        raise UserError(f"'{value}' is not possible", where, "choose one of: " + " | ".join(options))
-
-
 def _check_choices(config: TrainConfig) -> None:
-    _one_of(config.backbone.template, "backbone.template", ["native", "paper"])
-    _one_of(config.backbone.dtype, "backbone.dtype", ["float32", "bfloat16"])
-    _one_of(config.backbone.attention, "backbone.attention", ["sdpa", "eager", "flash_attention_2"])
-    _one_of(config.quantization.name, "quantization.name", ["none", "nf4"])
-    _one_of(config.quantization.compute_dtype, "quantization.compute_dtype", ["float32", "bfloat16", "float16"])
-    _one_of(config.adapter.name, "adapter.name", ["none", "lora"])
-    _one_of(config.optimizer.name, "optimizer.name", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
-    _one_of(config.schedule.name, "schedule.name", ["cosine", "linear", "constant"])
-    _one_of(config.strategy.name, "strategy.name", ["single"])
-    _one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])
+    one_of(config.backbone.template, "backbone.template", ["native", "paper"])
+    one_of(config.backbone.dtype, "backbone.dtype", ["float32", "bfloat16"])
+    one_of(config.backbone.attention, "backbone.attention", ["sdpa", "eager", "flash_attention_2"])
+    one_of(config.quantization.name, "quantization.name", ["none", "nf4"])
+    one_of(config.quantization.compute_dtype, "quantization.compute_dtype", ["float32", "bfloat16", "float16"])
+    one_of(config.adapter.name, "adapter.name", ["none", "lora"])
+    one_of(config.optimizer.name, "optimizer.name", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+    one_of(config.schedule.name, "schedule.name", ["cosine", "linear", "constant"])
+    one_of(config.strategy.name, "strategy.name", ["single"])
+    one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])
     _check_trainer_choices(config.trainer)
     if hasattr(config.task, "pooling"):
-        _one_of(config.task.pooling, "task.pooling", ["last", "mean"])
+        one_of(config.task.pooling, "task.pooling", ["last", "mean"])
     if hasattr(config.task, "preference"):
-        _one_of(config.task.preference, "task.preference", ["better", "safer", "single"])
+        one_of(config.task.preference, "task.preference", ["better", "safer", "single"])
     if hasattr(config.task, "head_start"):
         plain = "base_rates" if isinstance(config.task, ModerationConfig) else "random"
-        _one_of(config.task.head_start, "task.head_start", [plain, "linear_probe"])
-        _layer_numbers(config.task.layers, "task.layers")
+        one_of(config.task.head_start, "task.head_start", [plain, "linear_probe"])
+        layer_numbers(config.task.layers, "task.layers")
     _check_adapter(config)
     if isinstance(config.task, ModerationConfig):
-        _check_moderation(config.task)
+        check_moderation(config.task)
     if isinstance(config.task, ProbeConfig):
-        _check_probe(config.task)
+        check_probe(config.task)
 
 
 def _check_adapter(config: TrainConfig) -> None:
     adapter = config.adapter
-    _layer_numbers(adapter.blocks, "adapter.blocks")
+    layer_numbers(adapter.blocks, "adapter.blocks")
     if not adapter.cache_frozen:
         return
     if adapter.name != "lora" or not adapter.blocks or min(adapter.blocks) < 1:
@@ -111,74 +106,10 @@ def _check_adapter(config: TrainConfig) -> None:
         raise UserError(what, "adapter.cache_frozen", "adapter.cache_frozen=false")
 
 
-def _layer_numbers(numbers: list[int] | None, where: str) -> None:
-    if numbers is not None and (not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0):
-        raise UserError(f"{numbers} are no numbers of layers", where, "different numbers from 0, as [12,18]; or null")
-
-
-def _check_moderation(task: ModerationConfig) -> None:
-    _one_of(task.input, "task.input", ["prompt_and_response", "prompt"])
-    _one_of(task.severity_link, "task.severity_link", ["partial", "proportional"])
-    _one_of(task.category_weighting, "task.category_weighting", ["none", "sqrt", "balanced"])
-    if not re.fullmatch(r"fpr@0?\.\d+|fpr@0", task.objectives.unsafe):
-        _one_of(task.objectives.unsafe, "task.objectives.unsafe", ["macro_f1", "accuracy", "f1", "fpr@0.05"])
-    _one_of(task.objectives.category, "task.objectives.category", ["f1", "accuracy", "exact_match"])
-    _one_of(task.objectives.severity, "task.objectives.severity", ["accuracy", "kappa"])
-    levels = task.severity_weighting
-    if isinstance(levels, str):
-        _one_of(levels, "task.severity_weighting", ["none", "balanced", "a list of 4 numbers"])
-    elif not (
-        isinstance(levels, list)
-        and len(levels) == 4
-        and all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in levels)
-        and any(levels)
-    ):
-        mend = "none | balanced | four numbers from zero up, as [1,1,1,2]"
-        raise UserError(f"{levels} is no weighting of four levels", "task.severity_weighting", mend)
-    weights = vars(task.head_weights)
-    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
-        raise UserError(f"{weights} are no weights", "task.head_weights", "numbers from zero up, one above zero")
-    _positive({"task.unsafe_weight": task.unsafe_weight})
-    names = task.categories
-    if names is not None and (not names or len(set(names)) < len(names)):
-        raise UserError(f"{names} are no distinct names", "task.categories", "name each once, or null: from the data")
-    span = getattr(task, "span", "all")
-    _one_of(span, "task.span", ["all", "prompt", "response", "both", "all_and_response"])
-    if task.input == "prompt" and span not in ("all", "prompt"):
-        raise UserError(
-            "a prompt alone has no response to look at", "task.span", "task.span=all, or another task.input"
-        )
-
-
-def _check_probe(task: ProbeConfig) -> None:
-    _one_of(task.combine, "task.combine", ["concatenate", "average"])
-    _one_of(task.feature_dtype, "task.feature_dtype", ["float16", "float32"])
-    if isinstance(task.layers, str):
-        _one_of(task.layers, "task.layers", ["auto", "all", "a list as [12,18,24,30]"])
-    elif not (isinstance(task.layers, list) and task.layers and all(type(n) is int and n >= 0 for n in task.layers)):
-        raise UserError(f"{task.layers} names no layers", "task.layers", "auto | all | a list as [12,18,24,30]")
-    if task.folds < 2:
-        raise UserError(f"{task.folds} folds leave nothing to compare", "task.folds", "use 2 or more")
-    if not task.l2 or not all(0 < value < math.inf for value in task.l2):
-        raise UserError(f"{task.l2} are no penalties", "task.l2", "a list of numbers above zero, as [1,0.1,0.01]")
-    _check_kernel(task.kernel)
-    _positive({"task.batch_tokens": task.batch_tokens})
-
-
-def _check_kernel(kernel: KernelConfig) -> None:
-    _one_of(kernel.name, "task.kernel.name", ["none", "gaussian"])
-    if not kernel.l2 or not all(0 < value < math.inf for value in kernel.l2):
-        raise UserError(f"{kernel.l2} are no penalties", "task.kernel.l2", "numbers above zero, as [1e-4,1e-5]")
-    if not 0 < kernel.gamma < math.inf:
-        raise UserError(f"{kernel.gamma} is no width", "task.kernel.gamma", "a number above zero, as 1.0")
-    for key in ("axes", "rank", "landmarks"):
-        _positive({f"task.kernel.{key}": getattr(kernel, key)})
-
-
 def _check_trainer_choices(trainer: TrainerConfig) -> None:
-    _one_of(trainer.precision, "trainer.precision", ["32-true", "bf16-mixed", "bf16-true"])
-    _one_of(trainer.accelerator, "trainer.accelerator", ["auto", "cpu", "gpu"])
-    _one_of(trainer.progress, "trainer.progress", ["auto", "bar", "lines", "none"])
+    one_of(trainer.precision, "trainer.precision", ["32-true", "bf16-mixed", "bf16-true"])
+    one_of(trainer.accelerator, "trainer.accelerator", ["auto", "cpu", "gpu"])
+    one_of(trainer.progress, "trainer.progress", ["auto", "bar", "lines", "none"])
 
 
 def _check_name(name: str | None) -> None:
@@ -191,7 +122,7 @@ def _check_name(name: str | None) -> None:
 # ------------------------------------------------------------------------------------------------ numbers
 def _check_numbers(config: TrainConfig) -> None:
     trainer = config.trainer
-    _positive(
+    positive(
         {
             "trainer.epochs": trainer.epochs,
             "trainer.max_steps": trainer.max_steps,
@@ -216,7 +147,7 @@ def _check_numbers(config: TrainConfig) -> None:
             **_data_counts(config.data),
         }
     )
-    _shares(
+    shares(
         {
             "schedule.warmup_ratio": config.schedule.warmup_ratio,
             "schedule.final_ratio": config.schedule.final_ratio,
@@ -228,7 +159,7 @@ def _check_numbers(config: TrainConfig) -> None:
     if len(config.optimizer.betas) != 2:
         raise UserError(f"{config.optimizer.betas} are not two numbers", "optimizer.betas", "as [0.9, 0.95]")
     for beta in config.optimizer.betas:
-        _shares({"optimizer.betas": beta})
+        shares({"optimizer.betas": beta})
     weights = {"optimizer.weight_decay": config.optimizer.weight_decay}
     for key in ("regularization", "centering", "margin", "pair_weight", "safe_sign_weight", "unsafe_sign_weight"):
         weights[f"task.{key}"] = getattr(config.task, key, 0.0)
@@ -238,7 +169,7 @@ def _check_numbers(config: TrainConfig) -> None:
     terms = [value for key, value in vars(config.task).items() if key.endswith("_weight")]
     if terms and not any(terms):
         raise UserError("all weights of the loss are zero", "task", "give at least one term a weight")
-    _seeds({"seed": config.seed, "data.seed": config.data.seed})
+    seeds({"seed": config.seed, "data.seed": config.data.seed})
 
 
 def _evaluation_counts(evaluation: EvaluationConfig) -> dict[str, float | None]:
@@ -260,29 +191,9 @@ def _data_shares(data: DataConfig) -> dict[str, float]:
     }
 
 
-def _positive(values: Mapping[str, float | None]) -> None:
-    for key, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(
-                f"{value} is not a positive number", key, "give a number above zero, or null for the default"
-            )
-
-
-def _shares(values: Mapping[str, float]) -> None:
-    for key, value in values.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{value} is not a share", key, "give a number from 0 up to, but not including, 1")
-
-
 def _confidence(evaluation: EvaluationConfig) -> None:
     if not 0 < evaluation.confidence < 1:
         raise UserError(f"{evaluation.confidence} is no confidence", "evaluation.confidence", "give one like 0.95")
-
-
-def _seeds(values: Mapping[str, int]) -> None:
-    for key, value in values.items():
-        if not 0 <= value <= LARGEST_SEED:
-            raise UserError(f"{value} is no seed", key, f"give a whole number from 0 to {LARGEST_SEED}")
 
 
 # ------------------------------------------------------------------------------------------------ combinations
@@ -354,13 +265,13 @@ def _check_lengths(config: TrainConfig) -> None:
 
 
 def _check_source(data: DataConfig) -> None:
-    _one_of(data.source, "data.source", ["toyworld", "file", "mix"])
-    _one_of(data.layout, "data.layout", ["auto", "columns", "dialogue", "safe_unsafe", "guard"])
-    _one_of(data.taxonomy, "data.taxonomy", ["auto", "open", "pku", "beavertails"])
+    one_of(data.source, "data.source", ["toyworld", "file", "mix"])
+    one_of(data.layout, "data.layout", ["auto", "columns", "dialogue", "safe_unsafe", "guard"])
+    one_of(data.taxonomy, "data.taxonomy", ["auto", "open", "pku", "beavertails"])
     if data.answers is not None:
-        _one_of(data.answers, "data.answers", ["all", "better", "safer", "safe", "best"])
+        one_of(data.answers, "data.answers", ["all", "better", "safer", "safe", "best"])
     if data.split is not None:
-        _one_of(data.split, "data.split", ["train", "val", "test"])
+        one_of(data.split, "data.split", ["train", "val", "test"])
     if data.source == "mix":
         _check_mix(data)
     elif data.parts:

@@ -30,8 +30,12 @@ def identity_tree(config: Any, content_of: ContentOf, prefix: str = "") -> dict[
             continue
         key = f"{prefix}{field.name}"
         value = getattr(config, field.name)
+        if value is None and field.metadata.get("if_given"):
+            continue
         if dataclasses.is_dataclass(value):
             tree[field.name] = identity_tree(value, content_of, f"{key}.")
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            tree[field.name] = {n: identity_tree(part, content_of, f"{key}.{n}.") for n, part in value.items()}
         elif field.metadata.get("content") and value is not None:
             tree[field.name] = content_of(key, value)
         else:

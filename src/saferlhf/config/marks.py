@@ -7,3 +7,6 @@ OUTSIDE_IDENTITY = {"identity": False}
 
 CONTENT = {"content": True}
 """Field metadata: this key is a path or locator; it enters the hash by the content it points to."""
+
+IF_GIVEN = {"if_given": True}
+"""Field metadata: this key enters the hash where it is not null, so that runs of tasks without it keep theirs."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from saferlhf.config.task_schema import TaskConfig
+from saferlhf.config.task_base import TaskConfig
 
 
 # ------------------------------------------------------------------------------------------------ advantages

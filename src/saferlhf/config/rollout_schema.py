@@ -45,13 +45,18 @@ class RolloutConfig:
     temperature: float = 1.0
     top_k: int = 0  # anything else is refused in training
     top_p: float = 1.0
-    max_new_tokens: int = 128
+    max_new_tokens: Optional[int] = None  # null: half of backbone.max_length, 128 at most
     max_prompt_tokens: Optional[int] = None  # null: what max_new_tokens leaves of backbone.max_length
     batch_size: Optional[int] = field(default=None, metadata=OUTSIDE_IDENTITY)  # responses at once; null: batch_tokens
     batch_tokens: Optional[int] = field(default=None, metadata=OUTSIDE_IDENTITY)  # of the cache at once
     max_logprob_mismatch: float = 0.05  # mean |difference| in nats between engine and policy that is still believed
     vllm: VllmConfig = field(default_factory=VllmConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+    @property
+    def new_tokens(self) -> int:
+        """Where a response is cut off; `fill_defaults` gives `max_new_tokens` its value."""
+        return self.max_new_tokens or 128
 
 
 ENGINES = ("native", "vllm", "openai")
@@ -180,6 +185,42 @@ def judge_config(node: Any, where: str = "judge") -> JudgeConfig:
         what = f"max_failed_share {config.max_failed_share} is no share"
         raise UserError(what, f"{where}.max_failed_share", "use a number from 0 to 1")
     return config
+
+
+@dataclass
+class SignalConfig:
+    """The reward or a cost of online training, given by a scorer instead of a role."""
+
+    judge: JudgeConfig
+    take: Optional[str] = None  # which of its scores; null: the one of the signal's name, else the only one
+    scale: float = 1.0  # the score is multiplied by it; -1 turns a sign
+
+
+def scorers_config(node: Any, where: str = "scorers") -> dict[str, SignalConfig]:
+    """Who scores which signal.
+
+    Args:
+        node: signal -> keys of conf/judge, and `take` and `scale`.
+        where: its key, for messages.
+
+    Raises:
+        UserError: no mapping, or what `judge_config` refuses.
+    """
+    if not isinstance(node, dict) or not all(isinstance(keys, dict) for keys in node.values()):
+        mend = "as 'scorers={reward: {kind: function, function: my_module:my_function}}'"
+        raise UserError("no mapping from a signal to its scorer", where, mend)
+    found = {}
+    for name, keys in node.items():
+        own = {key: keys[key] for key in ("take", "scale") if key in keys}
+        rest = {key: value for key, value in keys.items() if key not in own}
+        judge = judge_config({"name": str(name), **rest}, f"{where}.{name}")
+        try:
+            scale = float(own.get("scale", 1.0))
+        except (TypeError, ValueError):
+            raise UserError(f"{own['scale']!r} is not a number", f"{where}.{name}.scale") from None
+        take = own.get("take")
+        found[str(name)] = SignalConfig(judge, None if take is None else str(take), scale)
+    return found
 
 
 ON_EMPTY = ("skip", "score", "error")

@@ -12,7 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from saferlhf.config.marks import CONTENT, OUTSIDE_IDENTITY
+from saferlhf.config.marks import CONTENT, IF_GIVEN, OUTSIDE_IDENTITY
+from saferlhf.config.roles_schema import RolesConfig
+from saferlhf.config.rollout_schema import RolloutConfig
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -288,6 +290,13 @@ class TrainConfig:
     tracking: TrackingConfig = field(metadata=OUTSIDE_IDENTITY)
     plan: PlanConfig = field(metadata=OUTSIDE_IDENTITY)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    # online tasks alone; null for all others
+    constraint: Any = field(default=None, metadata=IF_GIVEN)  # one of CONSTRAINTS
+    advantage: Any = field(default=None, metadata=IF_GIVEN)  # one of ADVANTAGES
+    roles: Optional[RolesConfig] = field(default=None, metadata=IF_GIVEN)
+    rollout: Optional[RolloutConfig] = field(default=None, metadata=IF_GIVEN)
+    # "reward" or a cost -> who scores it where no role does: a SignalConfig, or the mapping it is made from
+    scorers: Any = field(default=None, metadata=IF_GIVEN)
     # the run folder's name; null: task name
     name: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)
     # any Locator to start the weights from; null: the backbone's own

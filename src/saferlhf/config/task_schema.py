@@ -6,14 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from saferlhf.config.marks import OUTSIDE_IDENTITY
-
-
-@dataclass
-class TaskConfig:
-    """What every task has: its name and the LightningModule that carries it out."""
-
-    name: str
-    _target_: str
+from saferlhf.config.online_schema import PpoConfig
+from saferlhf.config.task_base import TaskConfig
 
 
 @dataclass
@@ -126,4 +120,6 @@ TASKS: dict[str, type[TaskConfig]] = {
     "cost": CostConfig,
     "moderator": ModeratorConfig,
     "probe": ProbeConfig,
+    "ppo": PpoConfig,
+    "ppo_lag": PpoConfig,
 }

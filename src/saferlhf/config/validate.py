@@ -18,6 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from saferlhf.config import schema
+from saferlhf.config.online_schema import ADVANTAGES, CONSTRAINTS
+from saferlhf.config.roles_schema import RolesConfig
+from saferlhf.config.rollout_schema import RolloutConfig, scorers_config
 from saferlhf.config.task_schema import TASKS
 from saferlhf.errors import UserError
 
@@ -28,6 +31,15 @@ RUNNER_KEYS = ("pipeline",)
 
 DIFF_GROUPS = ("experiment", "debug")
 """Groups of train.yaml that change other groups and leave no key of their own."""
+
+PLUGS: dict[str, dict[str, type]] = {
+    "task": dict(TASKS),
+    "constraint": dict(CONSTRAINTS),
+    "advantage": dict(ADVANTAGES),
+    "roles": {"separate": RolesConfig, "shared": RolesConfig},
+    "rollout": {"native": RolloutConfig, "vllm": RolloutConfig},
+}
+"""Groups of train.yaml that are null by default, or whose keys depend on the choice: group -> name -> dataclass."""
 
 TROUBLE = (
     (r"Value '(.*)' of type '.*' could not be converted to Integer", "{0!r} is not a whole number"),
@@ -93,10 +105,9 @@ def train_config(composed: DictConfig) -> schema.TrainConfig:
     task = tree.pop("task", None)
     if not isinstance(task, dict) or "name" not in task:
         raise UserError("no task is named", "task", f"choose one: task={'|'.join(TASKS)}")
-    task_name = str(task["name"])
-    task_schema = TASKS.get(task_name)
-    if task_schema is None:
-        raise UserError(f"unknown task '{task_name}'", "task.name", suggestion(task_name, TASKS))
+    chosen = {"task": task, **{group: tree.pop(group, None) for group in PLUGS if group != "task"}}
+    scorers = tree.pop("scorers", None)
+    plugs = {group: _chosen(group, node) for group, node in chosen.items() if node is not None}
     # validated one level down, so that messages carry the group's name
     groups = _groups_of(schema.TrainConfig)
     for name, node in [(str(key), value) for key, value in tree.items()]:
@@ -104,9 +115,21 @@ def train_config(composed: DictConfig) -> schema.TrainConfig:
         if cls is not None:
             tree[name] = typed(cls, node if node is not None else {}, name)
     config = typed(schema.TrainConfig, {**tree, "task": None}, "")
-    config.task = typed(task_schema, task, "task")
+    for group, plug in plugs.items():
+        setattr(config, group, plug)
+    config.scorers = None if not scorers else scorers_config(scorers)
     config.data = _settled(config.data)
     return config
+
+
+def _chosen(group: str, node: Any) -> Any:
+    """A group whose dataclass is chosen by its `name`."""
+    choices = PLUGS[group]
+    name = str(node.get("name")) if isinstance(node, dict) else str(node)
+    if name not in choices:
+        # a choice of that name would be in the place of its keys
+        raise UserError(f"unknown {group} '{name}'", f"{group}.name", suggestion(name, choices))
+    return typed(choices[name], node, group)
 
 
 def evaluate_config(composed: DictConfig) -> schema.EvaluateConfig:
@@ -171,8 +194,8 @@ def in_plain_words(text: str) -> str:
 
 
 def _schemas_of(parent: type, name: str) -> list[type]:
-    if parent is schema.TrainConfig and name == "task":
-        return list(TASKS.values())
+    if parent is schema.TrainConfig and name in PLUGS:
+        return list(dict.fromkeys(PLUGS[name].values()))
     if parent is schema.TrainConfig and name == "pipeline":
         return [schema.PipelineConfig]
     found = _groups_of(parent).get(name)

@@ -14,6 +14,8 @@ from saferlhf.models.metadata import ExportMetadata
 INTENDED_USE = {
     "sft": "Starting point and reference policy for safety alignment; not aligned itself, and it may comply with"
     " harmful requests.",
+    "ppo": "A policy trained on learned scores of its own responses. What those scores miss it may have learned to"
+    " exploit; how safe it is, the metrics below say for these prompts and these judges only.",
     "reward": "Ranking responses to one prompt by helpfulness. Scores of different prompts are not comparable, and text"
     " optimised against the model can fool it.",
     "cost": "Judging whether a response is harmful: cost > 0 means unsafe. A research instrument, not the only"

@@ -10,6 +10,7 @@ import yaml
 
 from saferlhf import __version__
 from saferlhf.config.files import write_json, write_text
+from saferlhf.config.online_schema import PpoConfig
 from saferlhf.config.schema import TrainConfig
 from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.data.report_tables import data_markdown
@@ -18,7 +19,7 @@ from saferlhf.models.card import model_card
 from saferlhf.models.export import save_export
 from saferlhf.models.locator import content_id_of, resolve
 from saferlhf.models.metadata import ExportMetadata, read_metadata
-from saferlhf.run.stages import Evaluation, PreparedRun
+from saferlhf.run.stages import Evaluation, PreparedRun, policy_start
 from saferlhf.tracking.base import TrackingLogger
 from saferlhf.training.curves import read_curves
 
@@ -29,7 +30,7 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
     data_report = prepared.rows.report.to_dict()
     lineage = _lineage(prepared)
     metadata = ExportMetadata(
-        kind="moderator" if isinstance(config.task, ModerationConfig) else config.task.name,
+        kind=_kind(config),
         template=config.backbone.template,
         max_length=config.backbone.max_length,
         lineage=lineage,
@@ -58,10 +59,13 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
             f" data {prepared.rows.fingerprint}",
         )
 
-    assert prepared.task.model is not None
+    model, adapter = prepared.task.model.cpu(), None
+    if isinstance(config.task, PpoConfig):
+        model, adapter = prepared.task.roles.actor_for_export()
     save_export(
         folder.export,
-        model=prepared.task.model.cpu(),
+        model=model,
+        adapter=adapter,
         tokenizer=prepared.tokenizer,
         metadata=metadata,
         merge=config.adapter.merge_on_export,
@@ -93,6 +97,13 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
     _track(prepared, evaluation, tracker)
 
 
+def _kind(config: TrainConfig) -> str:
+    """What the export says it is."""
+    if isinstance(config.task, PpoConfig):
+        return "ppo"  # whatever its constraint
+    return "moderator" if isinstance(config.task, ModerationConfig) else config.task.name
+
+
 def _moderation(prepared: PreparedRun, evaluation: Evaluation) -> dict[str, Any]:
     """What the export of a moderator says beside its weights."""
     task = prepared.config.task
@@ -108,6 +119,10 @@ def reproduce(config: TrainConfig) -> str:
     parts += [f"adapter={config.adapter.name}"] if config.adapter.name != "none" else []
     parts += [f"quantization={config.quantization.name}"] if config.quantization.name != "none" else []
     parts += [f"init={config.init}"] if config.init else []
+    if config.roles is not None:
+        parts += [f"constraint={config.constraint.name}", f"advantage={config.advantage.name}"]
+        parts += [f"roles={config.roles.name}"]
+        parts += [f"roles.{name}.model={model}" for name, model in _parents(config)[1:] if name in ("reward", "cost")]
     where = {key: getattr(config.data, key) for key in ("path", "test_path", "root", "subset", "revision")}
     parts += [f"data.{key}={value}" for key, value in where.items() if value]
     return "python train.py " + " ".join([*parts, f"seed={config.seed}", f"data.seed={config.data.seed}"])
@@ -116,20 +131,29 @@ def reproduce(config: TrainConfig) -> str:
 def _lineage(prepared: PreparedRun) -> list[dict[str, Any]]:
     """Parents, oldest first: those of the model we started from, then that model itself."""
     config = prepared.config
-    if config.init is None:
-        return []
-    location = resolve(config.init, output_root=config.output_root)
     parents: list[dict[str, Any]] = []
-    kind = "plain"
-    if location.kind == "export" and location.folder is not None:
-        metadata = read_metadata(location.folder)
-        parents, kind = list(metadata.lineage), metadata.kind
-    content = content_id_of(location, output_root=config.output_root, cache_dir=config.cache_dir)
-    return [*parents, {"role": kind, "locator": config.init, "content_id": content}]
+    for role, locator in _parents(config):
+        location = resolve(locator, output_root=config.output_root)
+        own, kind = [], "plain"
+        if location.kind == "export" and location.folder is not None:
+            metadata = read_metadata(location.folder)
+            own, kind = list(metadata.lineage), metadata.kind
+        content = content_id_of(location, output_root=config.output_root, cache_dir=config.cache_dir)
+        own = [*own, {"role": role or kind, "locator": locator, "content_id": content}]
+        parents += [parent for parent in own if parent not in parents]
+    return parents
+
+
+def _parents(config: TrainConfig) -> list[tuple[str, str]]:
+    """(role, locator) of the models that a run starts from; the role is empty where the model's kind says it."""
+    found = [("", policy_start(config))]
+    if config.roles is not None:
+        found += [(name, config.roles.score(name).model) for name in ("reward", *config.roles.cost_names())]
+    return [(role, locator) for role, locator in found if locator]
 
 
 def _start(config: TrainConfig) -> str:
-    return config.init or config.backbone.model or "random weights"
+    return policy_start(config) or config.backbone.model or "random weights"
 
 
 def _track(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogger) -> None:

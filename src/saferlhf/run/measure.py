@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from saferlhf.config.online_schema import PpoConfig
 from saferlhf.config.schema import EvaluationConfig
 from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.data.encode import Encoded
@@ -30,6 +31,10 @@ def measure(prepared: PreparedRun) -> Evaluation:
         from saferlhf.run.measure_sft import measure_sft
 
         return measure_sft(prepared)
+    if isinstance(prepared.config.task, PpoConfig):
+        from saferlhf.run.measure_online import measure_online
+
+        return measure_online(prepared)
     if isinstance(prepared.config.task, ProbeConfig):
         from saferlhf.run.measure_probe import measure_probe
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from saferlhf.config.online_schema import PpoConfig
 from saferlhf.config.run_folder import FINISHED, RunFolder
 from saferlhf.config.schema import TrainConfig
 from saferlhf.config.task_schema import ProbeConfig
 from saferlhf.errors import UserError
 from saferlhf.run.rows import EncodedSplits
 from saferlhf.run.trainer import micro_batch_size, validation_interval
-from saferlhf.tasks.base import SupervisedTask
 
 GIB = 2**30
 
@@ -21,7 +22,7 @@ GIB = 2**30
 def plan_rows(
     config: TrainConfig,
     encoded: EncodedSplits,
-    task: SupervisedTask,
+    task: Any,
     steps: int,
     folder: Path,
     *,
@@ -45,7 +46,8 @@ def plan_rows(
     states = 2 * gradients if config.optimizer.name == "adamw" else 2 * trained
     lengths = np.asarray(encoded.train.lengths)
     longest = int(lengths.max())
-    given = config.init or ("random weights" if config.backbone.architecture else str(config.backbone.model))
+    policy = config.roles.actor.model if config.roles is not None else None
+    given = policy or config.init or ("random weights" if config.backbone.architecture else str(config.backbone.model))
     rows = f"{len(encoded.train):,} train, {len(encoded.val):,} validation, {len(encoded.test):,} test"
     trainer = config.trainer
     epochs = steps * trainer.batch_size / len(encoded.train)
@@ -53,6 +55,10 @@ def plan_rows(
         from saferlhf.run.fit_probe import probe_plan_rows
 
         work = probe_plan_rows(config, encoded, task)
+    elif isinstance(config.task, PpoConfig):
+        from saferlhf.run.online import online_plan_rows
+
+        work = online_plan_rows(config, task, steps)
     else:
         interval = validation_interval(config, steps)
         work = [

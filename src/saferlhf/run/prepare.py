@@ -55,7 +55,7 @@ def locate_run(config: TrainConfig) -> LocatedRun:
     def content_of(key: str, value: str) -> str:
         if key == "backbone.model":
             return backbone_content_id(config.backbone, output_root=root, cache_dir=config.cache_dir)
-        if key == "init":
+        if key == "init" or key.startswith(("roles.", "scorers.")):
             return content_id_of(value, output_root=root, cache_dir=config.cache_dir)
         return "by fingerprint"  # data paths: the files' content enters below
 

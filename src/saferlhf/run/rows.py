@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from saferlhf.config.online_schema import PpoConfig
 from saferlhf.config.schema import DataPolicyConfig, TrainConfig
 from saferlhf.config.task_schema import ModerationConfig
 from saferlhf.data.build import Splits, build_data
 from saferlhf.data.encode import Encoded, EncodedAnswers, EncodedPairs, Encoder
 from saferlhf.data.labels import categories_of, labels_of, prompts_of
-from saferlhf.data.rows import PreferencePair, QuestionAnswer, Row
+from saferlhf.data.rows import PreferencePair, PromptRow, QuestionAnswer, Row
 from saferlhf.ops.moderation import ModerationLabels
 
 ROW_KINDS: dict[str, type[Row]] = {
@@ -21,6 +22,8 @@ ROW_KINDS: dict[str, type[Row]] = {
     "cost": PreferencePair,
     "moderator": QuestionAnswer,
     "probe": QuestionAnswer,
+    "ppo": PromptRow,
+    "ppo_lag": PromptRow,
 }
 
 
@@ -32,13 +35,17 @@ class EncodedSplits:
         encoder: of the backbone.
         train, val, test: rows with their tokens; with labels for a moderator.
         categories: harm categories in the order of a moderator's columns; empty for other tasks.
+        supervised: demonstrations beside an online task's prompts; None: none are used.
+
+    The splits of an online task are `EncodedPrompts`.
     """
 
     encoder: Encoder
-    train: Encoded
-    val: Encoded
-    test: Encoded
+    train: Any
+    val: Any
+    test: Any
     categories: tuple[str, ...] = ()
+    supervised: Any = None
 
     def labels(self, part: Encoded) -> ModerationLabels:
         """Labels of the answers of a part, which may be a selection of one."""
@@ -70,6 +77,11 @@ def encode_splits(config: TrainConfig, rows: Splits, tokenizer: Any) -> EncodedS
     encoder = Encoder.build(tokenizer, config.backbone.template, config.backbone.max_length)
     if isinstance(config.task, ModerationConfig):
         return _encode_labelled(config.task, rows, encoder, config.data.policy)
+    if isinstance(config.task, PpoConfig):
+        from saferlhf.run.online import encode_prompts, supervised_rows  # with models and trainer: heavy
+
+        train, val, test = (encode_prompts(config, encoder, p, tokenizer) for p in (rows.train, rows.val, rows.test))
+        return EncodedSplits(encoder, train, val, test, supervised=supervised_rows(config, encoder))
     pairs = ROW_KINDS[config.task.name] is PreferencePair
 
     def encode(part: list[Any], split: str) -> Encoded:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from hydra.utils import get_class
 
+from saferlhf.config.online_schema import PpoConfig
 from saferlhf.config.run_folder import RunFolder
 from saferlhf.config.schema import TrainConfig
 from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
@@ -23,8 +24,8 @@ from saferlhf.run.plan import plan_rows
 from saferlhf.run.prepare import LocatedRun
 from saferlhf.run.rows import EncodedSplits, encode_splits, first_rows, load_splits
 from saferlhf.run.screen import say, show_data, show_table
-from saferlhf.run.trainer import build_trainer, micro_batch_size, total_steps
-from saferlhf.tasks.base import SupervisedTask, TaskInputs
+from saferlhf.run.trainer import build_trainer, micro_batch_size, rows_per_step, total_steps
+from saferlhf.tasks.base import TaskInputs
 from saferlhf.tracking.base import SplitInfo, TrackingLogger
 from saferlhf.tracking.mlflow_logger import build_logger
 from saferlhf.tracking.store import ui_command
@@ -61,12 +62,13 @@ class PreparedRun:
         return self.run.folder
 
     @cached_property
-    def task(self) -> SupervisedTask:
-        """The LightningModule, without weights until `configure_model`."""
+    def task(self) -> Any:
+        """The LightningModule (`SupervisedTask`, or of an online run), without weights until `configure_model`."""
         kind = get_class(self.config.task._target_)
         moderates = isinstance(self.config.task, ModerationConfig)
         labels = self.encoded.labels(self.encoded.train) if moderates else None
-        inputs = TaskInputs(self.tokenizer, self.steps, Path(self.config.output_root), labels)
+        supervised = self.encoded.supervised
+        inputs = TaskInputs(self.tokenizer, self.steps, Path(self.config.output_root), labels, supervised)
         return kind(self.config, inputs)
 
     def show_plan(self) -> None:
@@ -111,15 +113,20 @@ def prepare(run: LocatedRun) -> PreparedRun:
     rows = load_splits(config)
     tokenizer = load_tokenizer(
         config.backbone,
-        vocabulary=_vocabulary(config),
+        vocabulary=vocabulary_of(config),
         cache_dir=config.cache_dir,
-        init=config.init,
+        init=policy_start(config),
         output_root=config.output_root,
     )
     encoded = encode_splits(config, rows, tokenizer)
     if not len(encoded.train):
         raise UserError("no row is left to train on", "data", "see the table of dropped rows; change data.policy")
     return PreparedRun(run, rows, tokenizer, encoded, total_steps(config, len(encoded.train)))
+
+
+def policy_start(config: TrainConfig) -> str | None:
+    """Where the weights start: of an online run, the actor's."""
+    return (config.roles.actor.model if config.roles is not None else None) or config.init
 
 
 def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
@@ -182,14 +189,16 @@ def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
 
 def _loaders(prepared: PreparedRun) -> tuple[StepLoader[Any], EvalLoader[Any] | None]:
     config, val = prepared.config, prepared.encoded.val
+    online = isinstance(config.task, PpoConfig)
     train_loader: StepLoader[Any] = StepLoader(
         prepared.encoded.train,
-        batch_size=config.trainer.batch_size,
-        micro_batch_size=micro_batch_size(config),
+        batch_size=rows_per_step(config),
+        # a rollout is sampled as a whole
+        micro_batch_size=None if online else micro_batch_size(config),
         total_steps=prepared.steps,
         seed=config.seed,
     )
-    if not len(val):
+    if online or not len(val):
         return train_loader, None
     val = first_rows(val, config.trainer.val_max_rows)
     return train_loader, EvalLoader(val, batch_size=config.trainer.eval_batch_size)
@@ -227,7 +236,7 @@ def export_run(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingL
     finish(prepared, evaluation, tracker)
 
 
-def _vocabulary(config: TrainConfig) -> tuple[str, ...]:
+def vocabulary_of(config: TrainConfig) -> tuple[str, ...]:
     """The toy world's words, where the tokenizer is made of them."""
     if config.backbone.tokenizer != "toyworld":
         return ()

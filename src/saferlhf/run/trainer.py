@@ -17,9 +17,14 @@ from saferlhf.config.run_folder import RunFolder
 from saferlhf.config.schema import TrainConfig
 
 
+def rows_per_step(config: TrainConfig) -> int:
+    """Rows of an optimizer step; online, prompts of a rollout, which is what a step is there."""
+    return config.trainer.batch_size if config.rollout is None else config.rollout.prompts
+
+
 def total_steps(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps of the run: `epochs` passes over the rows, rounded up, `max_steps` at most."""
-    steps = max(1, math.ceil(config.trainer.epochs * rows / config.trainer.batch_size))
+    """Optimizer steps (online: rollouts) of the run: `epochs` passes over the rows, rounded up, `max_steps` at most."""
+    steps = max(1, math.ceil(config.trainer.epochs * rows / rows_per_step(config)))
     return min(steps, config.trainer.max_steps) if config.trainer.max_steps else steps
 
 
@@ -70,4 +75,8 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    # frozen roles are meant to be
+    warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
+    # while critics warm up, the actor's schedule goes on without its optimizer
+    warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # data without validation rows

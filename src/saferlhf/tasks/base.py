@@ -48,12 +48,14 @@ class TaskInputs:
         total_steps: optimizer steps of the whole run; the schedule's length.
         output_root: where run folders lie, to resolve `init`.
         labels: of the training rows, for a moderator; None for other tasks.
+        supervised: encoded demonstrations beside an online task's prompts; None: no use is made of any.
     """
 
     tokenizer: PreTrainedTokenizerBase
     total_steps: int
     output_root: Path
     labels: ModerationLabels | None = None
+    supervised: Any = None
 
 
 class SupervisedTask(L.LightningModule, ABC):

@@ -87,6 +87,9 @@ class RunProgress(L.Callback):
                 self.folder.update_status(step=trainer.global_step, total_steps=self.total)
 
     def _note(self, pl_module: L.LightningModule) -> str:
+        own = getattr(pl_module, "note", None)
+        if own is not None:
+            return str(own)
         stats: Mapping[str, float] = getattr(pl_module, "last_stats", {})
         validation: Mapping[str, float] = getattr(pl_module, "last_validation", {})
         parts = [f"loss {stats['loss']:.4f}"] if "loss" in stats else []

@@ -56,7 +56,7 @@ class NativeEngine:
                 seed=seed,
                 rollout=rollout,
                 temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens,
+                max_new_tokens=config.new_tokens,
                 eos_token_id=end_id(self.tokenizer),
                 pad_token_id=pad_id(self.tokenizer),
                 batch_size=config.batch_size,

@@ -104,7 +104,7 @@ class ServerEngine:
         payload: dict[str, Any] = {
             "model": config.server.model,
             "prompt": [int(token) for token in prompt.token_ids],
-            "max_tokens": config.max_new_tokens,
+            "max_tokens": config.new_tokens,
             "temperature": config.temperature,
             "top_p": config.top_p,
             "seed": seed,

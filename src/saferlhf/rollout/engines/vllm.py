@@ -105,7 +105,7 @@ class VllmEngine:
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
-            max_tokens=config.max_new_tokens,
+            max_tokens=config.new_tokens,
             logprobs=0,  # of the token that was drawn, and of no other
             stop_token_ids=[self._end],
             detokenize=False,
