@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saferlhf.data.batches import tokens_of
 from saferlhf.data.encode import EncodedAnswers, EncodedPairs
 from saferlhf.data.loader import EvalLoader
+from saferlhf.models.modes import eval_mode
 
 
 def score_rows(
@@ -67,12 +68,6 @@ def evaluating(model: nn.Module, *, autocast: bool = False) -> Iterator[None]:
         model: on the device it is to run on.
         autocast: compute in bfloat16.
     """
-    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        yield

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from saferlhf.errors import UserError
 from saferlhf.models.causal import unwrapped
 from saferlhf.models.layers import blocks_of, visit_states
+from saferlhf.models.modes import eval_mode
 from saferlhf.models.state_store import StateStore
 
 LARGEST_DIFFERENCE = {False: 1e-4, True: 0.03}
@@ -53,6 +54,7 @@ class FrozenPrefix:
     def __init__(self, trunk: nn.Module, first: int, identity: str, cache_dir: str | Path | None = None) -> None:
         self.trunk, self.first, self.cache_dir = trunk, first, cache_dir
         self.identity = identity
+        self.width = int(unwrapped(trunk).config.get_text_config().hidden_size)
         self.blocks = blocks_of(trunk)
         self._owner, self._name = _owner_of(unwrapped(trunk), self.blocks)
         self._stores: dict[str, StateStore] = {}
@@ -108,12 +110,9 @@ class FrozenPrefix:
         ids = torch.arange(1, 2 * CHECKED_TOKENS + 1, device=device).view(2, -1)
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, CHECKED_TOKENS // 2 :] = False
-        training = self.trunk.training
-        self.trunk.eval()
-        with torch.no_grad():
+        with eval_mode(self.trunk), torch.no_grad():
             cut = hidden(ids, mask)[mask].float()
             whole = [self._run(ids[row, mask[row]][None])[0].float() for row in (0, 1)]
-        self.trunk.train(training)
         difference = float((torch.cat(whole) - cut).norm() / cut.norm().clamp_min(1e-12))
         half = next(self.trunk.parameters()).dtype != torch.float32
         if not difference <= LARGEST_DIFFERENCE[half]:
@@ -128,23 +127,18 @@ class FrozenPrefix:
         dtype = "float16" if half else "float32"
         if dtype not in self._stores:
             about = {"model": self.identity, "block": self.first, "half": half}
-            width = int(unwrapped(self.trunk).config.get_text_config().hidden_size)
-            self._stores[dtype] = StateStore(about, width, dtype, self.cache_dir)
+            self._stores[dtype] = StateStore(about, self.width, dtype, self.cache_dir)
         return self._stores[dtype]
 
     @torch.no_grad()
     def _computed(self, row: NDArray[Any], device: torch.device) -> NDArray[Any]:
         """(T, H) that enter block k, of one row without padding; a row without tokens has none."""
         if not len(row):
-            return np.zeros((0, int(unwrapped(self.trunk).config.get_text_config().hidden_size)), np.float32)
+            return np.zeros((0, self.width), np.float32)
         kept: dict[int, Tensor] = {}
         ids = torch.from_numpy(row.astype(np.int64)).to(device)[None]
-        training = self.trunk.training
-        self.trunk.eval()  # dropout below would make what is kept a matter of chance
-        try:
+        with eval_mode(self.trunk):  # dropout below would make what is kept a matter of chance
             visit_states(self.trunk, lambda: self._run(ids), [self.first], kept.__setitem__, self.blocks)
-        finally:
-            self.trunk.train(training)
         return kept[self.first][0].float().cpu().numpy()
 
     @contextmanager

@@ -33,6 +33,7 @@ from saferlhf.models.adapters import (
     using_adapter,
 )
 from saferlhf.models.causal import unwrapped
+from saferlhf.models.modes import eval_mode
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.models.value_model import prefix_scores, token_values
 from saferlhf.ops.sequences import position_ids
@@ -122,7 +123,7 @@ class Roles(nn.Module):
             if role.adapters is not None:
                 stack.enter_context(using_adapter(role.adapters, role.adapter))
             if not role.trained:
-                stack.enter_context(evaluating(_run_by(role)))
+                stack.enter_context(eval_mode(_run_by(role)))
             self._active = name
             try:
                 yield
@@ -133,7 +134,7 @@ class Roles(nn.Module):
     def causal(self, name: str) -> Iterator[nn.Module]:
         """The causal language model of the actor or the reference, to decode with: eval mode, and no gradients."""
         role = self._policy(name)
-        with self.using(name), evaluating(_run_by(role)), torch.no_grad():
+        with self.using(name), eval_mode(_run_by(role)), torch.no_grad():
             yield unwrapped(role.module)
 
     # -------------------------------------------------------------------------------------------- what roles say
@@ -281,19 +282,6 @@ class Roles(nn.Module):
 
 def _run_by(role: Role) -> Any:
     return role.module.trunk if isinstance(role.module, ScoreModel) else role.module
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and back to each module's own mode."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def as_trained(role: Role, names: Mapping[str, nn.Parameter]) -> Role:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from saferlhf.errors import UserError
 from saferlhf.models.causal import unwrapped
+from saferlhf.models.modes import eval_mode
 from saferlhf.ops.sequences import position_ids
 from saferlhf.rollout.draw import draw, exponential_noise, row_key
 from saferlhf.rollout.experience import Response, Rollout, assemble
@@ -96,7 +96,7 @@ def generate(
         model, prompts, seed, rollout, temperature, max_new_tokens, eos_token_id, pad_token_id, top_k, top_p
     )
     found: dict[_Job, Response] = {}
-    with _eval_mode(model):
+    with eval_mode(model):
         for batch in _batches(jobs, prompts, max_new_tokens, batch_size, batch_tokens):
             done = len(found)
             tick = None if progress is None else (lambda n, done=done: progress(done + n))
@@ -131,17 +131,6 @@ def _batches(
             size = min(size, batch_tokens // (len(prompts[order[start].prompt].token_ids) + limit))
         yield order[start : start + max(1, size)]
         start += max(1, size)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _Decoder:

@@ -29,6 +29,7 @@ from saferlhf.data.rows import QuestionAnswer
 from saferlhf.errors import UserError
 from saferlhf.models.loading import LoadedModel
 from saferlhf.models.moderator import calibration_of, logits_of
+from saferlhf.models.modes import eval_mode
 from saferlhf.ops.calibration import Calibration, decide
 from saferlhf.rollout.experience import micro_batch_indices
 from saferlhf.rollout.scorers import Failure, ScoreRequest, Scores
@@ -151,18 +152,13 @@ class ModelScorer:
         """Head name -> (N, n) float32 on the CPU."""
         found: dict[str, Tensor] = {}
         device = next(self._model.parameters()).device
-        modes = [(module, module.training) for module in self._model.modules()]
-        self._model.eval()
-        try:
+        with eval_mode(self._model):
             for part in micro_batch_indices(data.lengths, np.arange(len(data)), self._batch_tokens):
                 tokens = _without_end(data.collate(part), cut_off[part] & ~data.truncated[part]).to(device)
                 scores = self._model(tokens.input_ids, tokens.attention_mask, tokens.response_mask)
                 for head, values in scores.items():
                     whole = found.setdefault(head, torch.full((len(data), values.shape[1]), torch.nan))
                     whole[torch.from_numpy(part)] = values.float().cpu()
-        finally:
-            for module, training in modes:
-                module.training = training
         return found
 
     def _values(self, heads: Mapping[str, Tensor]) -> dict[str, Floats]:

@@ -13,17 +13,14 @@ from saferlhf.config.files import write_json
 from saferlhf.config.schema import TrainConfig
 from saferlhf.config.task_schema import ProbeConfig
 from saferlhf.data.encode import EncodedAnswers
-from saferlhf.data.splits import prompt_key
-from saferlhf.errors import UserError
 from saferlhf.evaluation.features import RowFeatures, feature_store, row_keys
 from saferlhf.models.features import PARTS
 from saferlhf.models.moderator import head_sizes
 from saferlhf.models.score_model import hidden_size
-from saferlhf.ops.folds import grouped_folds
 from saferlhf.ops.linear_probe import Targets
 from saferlhf.run.features import computed_features
 from saferlhf.run.plan import device_for
-from saferlhf.run.rows import EncodedSplits
+from saferlhf.run.rows import EncodedSplits, prompt_folds
 from saferlhf.run.screen import say
 from saferlhf.run.stages import PreparedRun
 from saferlhf.tasks.base import SupervisedTask
@@ -53,11 +50,7 @@ def run_probe(prepared: PreparedRun, tracker: TrackingLogger) -> None:
     prepared.folder.update_status(phase="fitting")
     started = time.monotonic()
     targets = Targets.of(labels, loss_weights(settings, labels), tied=settings.severity_link == "proportional")
-    groups = [prompt_key(row.prompt) for row in encoded.train.rows]
-    if len(set(groups)) < settings.folds:
-        what = f"{len(set(groups))} prompts cannot be dealt to {settings.folds} folds"
-        raise UserError(what, "task.folds", "use fewer folds or more rows")
-    folds = grouped_folds(groups, settings.folds, config.seed)
+    folds = prompt_folds(encoded.train.rows, settings.folds, config.seed, "task.folds", "use fewer folds or more rows")
     fit = fit_probe(features, targets, head_sizes(labels), settings, folds, say)
     task.install(fit)
     seconds = time.monotonic() - started

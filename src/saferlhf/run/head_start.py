@@ -18,19 +18,17 @@ from torch import Tensor, nn
 from saferlhf.config.files import write_json
 from saferlhf.config.task_schema import ModeratorConfig, ProbeConfig
 from saferlhf.data.encode import EncodedAnswers, EncodedPairs
-from saferlhf.data.splits import prompt_key
-from saferlhf.errors import UserError
 from saferlhf.evaluation.features import RowFeatures
 from saferlhf.models.adapters import adapter_disabled
 from saferlhf.models.heads import install_heads
 from saferlhf.models.layers import layer_count
 from saferlhf.models.moderator import head_sizes
 from saferlhf.models.score_model import ScoreModel
-from saferlhf.ops.folds import grouped_folds
 from saferlhf.ops.linear_probe import Basis, HeadWeights, Targets
 from saferlhf.ops.score_probe import Rows, fit_score_probe
 from saferlhf.run.features import computed_features
 from saferlhf.run.plan import device_for
+from saferlhf.run.rows import prompt_folds
 from saferlhf.run.screen import say
 from saferlhf.run.stages import PreparedRun
 from saferlhf.tasks.moderator import loss_weights
@@ -67,11 +65,8 @@ def fitted_start(prepared: PreparedRun, trunk: nn.Module) -> HeadWeights:
     """
     config, task = prepared.config, prepared.config.task
     train = prepared.encoded.train
-    groups = [prompt_key(row.prompt) for row in train.rows]
-    if len(set(groups)) < FOLDS:
-        what = f"{len(set(groups))} prompts cannot be dealt to {FOLDS} folds"
-        raise UserError(what, "task.head_start=linear_probe", "use more rows, or begin with another head")
-    folds = grouped_folds(groups, FOLDS, config.seed)
+    mend = "use more rows, or begin with another head"
+    folds = prompt_folds(train.rows, FOLDS, config.seed, "task.head_start=linear_probe", mend)
     model = ScoreModel(trunk, {}, pooling=task.pooling).to(device_for(config.trainer.accelerator))
     layers = tuple(task.layers or (layer_count(trunk),))
     data = train.answers() if isinstance(train, EncodedPairs) else train

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saferlhf.config.online_schema import PpoConfig
 from saferlhf.config.schema import DataPolicyConfig, TrainConfig
@@ -14,6 +16,9 @@ from saferlhf.data.build import Splits, build_data
 from saferlhf.data.encode import Encoded, EncodedAnswers, EncodedPairs, Encoder
 from saferlhf.data.labels import categories_of, labels_of, prompts_of
 from saferlhf.data.rows import PreferencePair, PromptRow, QuestionAnswer, Row
+from saferlhf.data.splits import prompt_key
+from saferlhf.errors import UserError
+from saferlhf.ops.folds import grouped_folds
 from saferlhf.ops.moderation import ModerationLabels
 
 ROW_KINDS: dict[str, type[Row]] = {
@@ -116,3 +121,18 @@ def first_rows(data: Encoded, limit: int | None) -> Encoded:
     kept = np.concatenate([np.arange(limit), n + np.arange(limit)])
     labels = {name: values[:limit] for name, values in data.labels.items()}
     return EncodedPairs(data.rows[:limit], data.store.select(kept), data.truncated[kept], data.pad, labels)
+
+
+def prompt_folds(rows: Sequence[Row], folds: int, seed: int, where: str, mend: str) -> NDArray[np.int64]:
+    """(N,) fold of each row; all answers to a prompt are in one.
+
+    Args:
+        where, mend: what the error names.
+
+    Raises:
+        UserError: fewer prompts than folds.
+    """
+    groups = [prompt_key(row.prompt) for row in rows]
+    if len(set(groups)) < folds:
+        raise UserError(f"{len(set(groups))} prompts cannot be dealt to {folds} folds", where, mend)
+    return grouped_folds(groups, folds, seed)

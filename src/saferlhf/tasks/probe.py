@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from saferlhf.errors import UserError
-from saferlhf.models.heads import ScoreHead
+from saferlhf.models.heads import ScoreHead, install_heads
 from saferlhf.models.kernel_map import KernelMap
 from saferlhf.models.layers import check_layers, layer_count
 from saferlhf.models.score_model import ScoreModel
@@ -71,8 +71,7 @@ def check_candidates(layers: str | Sequence[int], trunk: nn.Module) -> tuple[int
 def score_heads(heads: HeadWeights) -> nn.ModuleDict:
     """Fitted heads as modules of a `ScoreModel`."""
     built = nn.ModuleDict()
-    for name, (weight, bias) in heads.items():
-        head = ScoreHead(weight.shape[1], weight.shape[0], dtype=torch.float32)
-        head.load_state_dict({"weight": torch.from_numpy(weight).float(), "bias": torch.from_numpy(bias).float()})
-        built[name] = head
+    for name, (weight, _) in heads.items():
+        built[name] = ScoreHead(weight.shape[1], weight.shape[0], dtype=torch.float32)
+    install_heads(built, heads)
     return built
