@@ -243,6 +243,7 @@ def test_a_rollout_can_be_trained_on(model: Any) -> None:
     rollout = sampled(model, some_prompts(2))
     logits = model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask.long()).logits
     (logits[..., 0] * rollout.logprobs).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
     model.zero_grad()
 
 

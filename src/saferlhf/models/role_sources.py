@@ -105,6 +105,20 @@ class RolePlan:
     cache_dir: Path | str | None = None
     device: torch.device | str | None = None
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `load_backbone` is told for every role alike."""
+        return {
+            "quantization": self.quantization,
+            "vocabulary_size": len(self.tokenizer),
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "seed": self.seed,
+            "cache_dir": self.cache_dir,
+            "output_root": self.output_root,
+            "device": self.device,
+        }
+
 
 def plan_roles(
     config: RolesConfig,

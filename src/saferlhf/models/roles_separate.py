@@ -133,20 +133,8 @@ def _goes_on(plan: RolePlan, source: RoleSource | None) -> bool:
 
 
 def _backbone(plan: RolePlan, source: RoleSource | None, lm_head: bool) -> Any:
-    tokenizer = plan.tokenizer
-    return load_backbone(
-        plan.backbone,
-        quantization=plan.quantization,
-        init=None if source is None else source.location.locator,
-        lm_head=lm_head,
-        vocabulary_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        seed=plan.seed,
-        cache_dir=plan.cache_dir,
-        output_root=plan.output_root,
-        device=plan.device,
-    )
+    init = None if source is None else source.location.locator
+    return load_backbone(plan.backbone, init=init, lm_head=lm_head, **plan.loading)
 
 
 def _saved(plan: RolePlan, source: RoleSource, trained: bool = False, dtype: str | None = None) -> Any:

@@ -155,26 +155,13 @@ class _Builder:
 
     def __init__(self, plan: RolePlan, base: Base) -> None:
         self.plan, self.base = plan, base
-        tokenizer = plan.tokenizer
         cfg = plan.backbone
         if plan.actor is not None and plan.actor.metadata is not None and not base.merged:
             # where the base is found and how it is read are the adapter's business, the rest is the run's
             stored = stored_backbone(plan.actor.metadata)
             cfg = replace(stored, dtype=cfg.dtype, attention=cfg.attention, max_length=cfg.max_length,
                           gradient_checkpointing=cfg.gradient_checkpointing)  # fmt: skip
-        self.plain = load_backbone(
-            cfg,
-            source=base.source,
-            quantization=plan.quantization,
-            lm_head=True,
-            vocabulary_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            seed=plan.seed,
-            cache_dir=plan.cache_dir,
-            output_root=plan.output_root,
-            device=plan.device,
-        )
+        self.plain = load_backbone(cfg, source=base.source, lm_head=True, **plan.loading)
         self.trunk = unwrapped(self.plain).base_model
         self.linear = linear_names(self.plain)
         self.peft: Any = self.plain

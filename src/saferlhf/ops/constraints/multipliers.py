@@ -24,6 +24,7 @@ Legend: `S` sequences, `T` tokens. All arithmetic of multipliers is float64.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,7 +48,7 @@ class Limits:
     high: float
 
 
-class Multiplier(Constraint):
+class Multiplier(Constraint, ABC):
     """What learned multipliers share: mixing by lambda, window, delay and bounds.
 
     Args:
@@ -123,9 +124,9 @@ class Multiplier(Constraint):
             self._lambda[name] = min(max(self._step(name, gap), limits.low), limits.high)
         self._past[name] = [*self._past[name], self._lambda[name]][-self.history :]
 
+    @abstractmethod
     def _step(self, name: str, gap: float) -> float:
         """The new lambda, before the bounds."""
-        raise NotImplementedError
 
     def _multiplier_diagnostics(self, name: str) -> dict[str, float]:
         past = self._past[name]
