@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -72,17 +72,17 @@ def serving(behaviour: Callable[[Asked, int], Reply]) -> Iterator[FakeServer]:
                 open_now += 1
                 fake.at_once = max(fake.at_once, open_now)
             try:
-                self._reply(behaviour(asked, number))
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the client did not wait
+                reply = behaviour(asked, number)
+                time.sleep(reply.wait_s)
             finally:
                 with lock:
-                    open_now -= 1
+                    open_now -= 1  # before the answer: the client may ask again as soon as it has it
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client did not wait
+                self._reply(reply)
 
         do_GET = do_POST  # noqa: N815
 
         def _reply(self, reply: Reply) -> None:
-            time.sleep(reply.wait_s)
             if reply.hang_up:
                 self.connection.close()
                 return
