@@ -169,7 +169,7 @@ def test_the_name_is_the_prefix_of_a_pipelines_runs(words: list[str], prefix: st
     (stages,) = seen
     assert stages.prefix == prefix
     names = {stage: run.name for stage, run in stages.configs.items()}
-    assert names == {stage: f"{prefix}-{stage}" for stage in ("sft", "reward", "cost")}
+    assert names == {stage: f"{prefix}-{stage}" for stage in ("sft", "reward", "cost", "moderator", "ppo", "ppo_lag")}
 
 
 # ------------------------------------------------------------------------------------------------ sweeps
@@ -219,7 +219,8 @@ def test_an_interrupt_ends_a_sweep(tmp_outputs: Path) -> None:
 def test_a_sweep_of_pipelines_is_a_pipeline_for_each(tmp_outputs: Path) -> None:
     seen: list[Any] = []
     with mock.patch("saferlhf.pipeline.runner.run_pipeline", lambda stages, **_: seen.append(stages)):
-        answer = call("train", "-m", "seed=0,1", "debug=fast", f"output_root={tmp_outputs}")
+        words = ["pipeline.stages=[sft,reward,cost]", "debug=fast", f"output_root={tmp_outputs}"]
+        answer = call("train", "-m", "seed=0,1", *words)
     assert answer.code == 0, answer.err
     assert [[run.seed for run in stages.configs.values()] for stages in seen] == [[0] * 3, [1] * 3]
 
@@ -406,7 +407,7 @@ sft = finish(locate_run(config("task=sft", "name=quickstart-sft", root)))
 for task in ("reward", "cost"):
     finish(locate_run(config(f"task={task}", f"name=quickstart-{task}", f"init={sft}", root)))
 light("a finished run", call("train", "task=sft", "name=quickstart-sft", root), 0, "finished before")
-light("a finished pipeline", call("train", root), 0, "cost: finished before")
+light("a finished pipeline", call("train", root, "pipeline.stages=[sft,reward,cost]"), 0, "cost: finished before")
 light("an evaluation without a model", call("evaluate", "model=no/such/run", root), 2, "no such folder")
 light("a model without heads", call("evaluate", f"model={sft}", root), 2, "without score heads")
 print("light")

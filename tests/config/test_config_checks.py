@@ -11,7 +11,7 @@ from command_lines import composed
 
 from saferlhf.config.checks import check_config, check_evaluate
 from saferlhf.config.defaults import fill_defaults
-from saferlhf.config.schema import EvaluateConfig, TrainConfig
+from saferlhf.config.schema import AnnotatorsConfig, EvaluateConfig, TrainConfig
 from saferlhf.config.validate import evaluate_config, train_config
 from saferlhf.errors import UserError
 
@@ -74,11 +74,26 @@ IMPOSSIBLE = [
     ("tiny", {"trainer__accelerator": "tpu"}, "trainer.accelerator", "auto | cpu | gpu"),
     # data
     ("file", {"backbone__tokenizer": "toyworld"}, "backbone.tokenizer", "null"),
-    ("tiny", {"data__source": "file", "data__name": "jsonl"}, "data=jsonl", "backbone=smollm2"),
+    (
+        "tiny",
+        {"data__source": "file", "data__name": "jsonl", "data__annotators": None},
+        "data=jsonl",
+        "backbone=smollm2",
+    ),
     ("tiny", {"data__path": "pairs.jsonl"}, "data=toyworld", "data=jsonl"),
     ("tiny", {"data__test_path": "pairs.jsonl"}, "data=toyworld", "data=jsonl"),
     ("tiny", {"data__columns": {"prompt": "q"}}, "data=toyworld", "data=jsonl"),
     ("tiny", {"data__source": "web"}, "data.source", "toyworld | file"),
+    ("tiny", {"data__source": "file", "data__name": "jsonl"}, "data.annotators", "only the toy world"),
+    ("file", {"data__annotators": AnnotatorsConfig()}, "data.annotators", "only the toy world"),
+    ("tiny", {"data__annotators__single_safety": -0.01}, "data.annotators.single_safety", "from 0 to 1"),
+    ("tiny", {"data__annotators__single_safety": 1.01}, "data.annotators.single_safety", "from 0 to 1"),
+    ("tiny", {"data__annotators__single_safety": float("nan")}, "data.annotators.single_safety", "from 0 to 1"),
+    ("tiny", {"data__annotators__safety_error": 0.51}, "data.annotators.safety_error", "from 0 to 0.5"),
+    ("tiny", {"data__annotators__safety_error": -0.1}, "data.annotators.safety_error", "from 0 to 0.5"),
+    ("tiny", {"data__annotators__sharpness": -1.0}, "data.annotators.sharpness", "from 0 up"),
+    ("tiny", {"data__annotators__sharpness": float("nan")}, "data.annotators.sharpness", "from 0 up"),
+    ("tiny", {"data__annotators__sharpness": float("inf")}, "data.annotators.sharpness", "from 0 up"),
     ("file", {"data__val_fraction": 0.6, "data__test_fraction": 0.4}, "data.val_fraction + data.test_fraction", "0 up"),
     # names
     ("tiny", {"name": "a=b"}, "name", "letters"),
@@ -126,6 +141,9 @@ def test_impossible(name: str, values: dict[str, Any], where: str, mend: str) ->
     ("name", "values"),
     [
         ("tiny", {"adapter__name": "lora", "init": "some/run"}),
+        ("tiny", {"data__annotators": None}),
+        ("tiny", {"data__annotators": AnnotatorsConfig(single_safety=0.0, sharpness=0.0, safety_error=0.5)}),
+        ("tiny", {"data__annotators__single_safety": 1.0, "data__annotators__sharpness": 9.0}),
         ("tiny", {"backbone__max_length": 512}),
         ("tiny", {"backbone__max_length": 1024, "init": "some/run"}),
         ("tiny", {"backbone__tokenizer": None, "init": "some/run"}),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from saferlhf.config.schema import DataConfig
+from saferlhf.config.schema import AnnotatorsConfig, DataConfig
 from saferlhf.data.build import Splits, build_data, data_fingerprint
 from saferlhf.data.rows import PreferencePair, PromptRow, QuestionAnswer, Row, Turn
 from saferlhf.data.sources import load_source
@@ -302,6 +302,29 @@ def test_toy_world_rows_and_fingerprints() -> None:
     demonstrations = build_data(toy(0), QuestionAnswer)
     assert all(row.is_safe is not None for row in answers.train)
     assert [row.response for row in answers.train] != [row.response for row in demonstrations.train]
+
+
+def test_who_labels_the_toy_world() -> None:
+    """The annotators of the config reach pairs and labelled answers; demonstrations are not labelled by anyone."""
+
+    def toy(annotators: AnnotatorsConfig | None) -> DataConfig:
+        sizes = {"train_rows": 200, "val_rows": 20, "test_rows": 20}
+        return DataConfig(name="toyworld", source="toyworld", annotators=annotators, **sizes)
+
+    for kind, needs in (
+        (PreferencePair, ("single_response_id",)),
+        (QuestionAnswer, ("is_safe",)),
+        (QuestionAnswer, ()),
+    ):
+        usual = build_data(toy(None), kind, needs).train
+        assert build_data(toy(AnnotatorsConfig()), kind, needs).train == usual
+        others = build_data(toy(AnnotatorsConfig(safety_error=0.4)), kind, needs).train
+        assert [row.id for row in others] == [row.id for row in usual]
+        assert (others == usual) == (not needs)
+    weighed = build_data(toy(AnnotatorsConfig(single_safety=0.0)), PreferencePair, ()).train
+    usual = build_data(toy(None), PreferencePair, ()).train
+    assert [row.single_response_id for row in weighed] != [row.single_response_id for row in usual]
+    assert [row.better_response_id for row in weighed] == [row.better_response_id for row in usual]
 
 
 # ------------------------------------------------------------------------------------------------ real rows

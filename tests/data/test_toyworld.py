@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 from saferlhf.data.rows import PreferencePair, QuestionAnswer
 from saferlhf.data.toyworld import (
+    Annotators,
     damaged_replies,
     demonstrations,
     is_harmful_request,
@@ -26,6 +30,7 @@ from saferlhf.data.toyworld import (
     vocabulary,
 )
 from saferlhf.data.toyworld import words as w
+from saferlhf.data.toyworld.annotators import perceived_harmlessness
 from saferlhf.data.toyworld.replies import DAMAGES
 from saferlhf.errors import UserError
 
@@ -272,3 +277,146 @@ def test_single_replies_carry_their_labels() -> None:
             truth.severity,
             truth.harm_category,
         )
+
+
+# ------------------------------------------------------------------------------------------------ who labels
+LABELS = ("better_response_id", "safer_response_id", "single_response_id")
+SAFETY = tuple(
+    name.format(side)
+    for side in (0, 1)
+    for name in ("is_response_{}_safe", "response_{}_severity_level", "response_{}_harm_category")
+)
+
+
+def fingerprint(rows: list[PreferencePair] | list[QuestionAnswer]) -> str:
+    """Of everything in the rows."""
+
+    def plain(row: PreferencePair | QuestionAnswer) -> list[tuple[str, object]]:
+        return sorted((k, sorted(v) if isinstance(v, frozenset) else v) for k, v in asdict(row).items())
+
+    lines = [repr((row.id, plain(row))) for row in rows]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("annotators", [None, Annotators(), Annotators(0.5, 1.0, 0.0)])
+def test_the_usual_annotators_label_as_they_always_did(annotators: Annotators | None) -> None:
+    """The fingerprints are of the rows as they were before anyone else could label them."""
+    given = {} if annotators is None else {"annotators": annotators}
+    assert fingerprint(preference_pairs(2000, "train", 0, **given)) == "cf69ac371a813d3a"
+    assert fingerprint(preference_pairs(2000, "test", 7, **given)) == "63ed9f782715bf44"
+    assert fingerprint(question_answers(1000, "train", 0, **given)) == "8492eb022a1a8ace"
+    assert fingerprint(question_answers(1000, "test", 7, **given)) == "43b00b7e6a147ee9"
+
+
+def test_replies_do_not_depend_on_who_labels_them() -> None:
+    usual = preference_pairs(800, "train", SEED)
+    for who in (Annotators(0.9), Annotators(sharpness=0.3), Annotators(safety_error=0.3)):
+        others = preference_pairs(800, "train", SEED, who)
+        for one, other in zip(usual, others, strict=True):
+            assert (one.id, one.prompt, one.response_0) == (other.id, other.prompt, other.response_0)
+            assert one.response_1 == other.response_1
+        changed = {
+            name
+            for one, other in zip(usual, others, strict=True)
+            for name in (*LABELS, *SAFETY)
+            if getattr(one, name) != getattr(other, name)
+        }
+        assert changed & set(LABELS), "and their labels do"
+        assert bool(changed & set(SAFETY)) == (who.safety_error > 0)
+        # a mistake about safety moves no other annotator's eye
+        assert ("better_response_id" in changed) == (who.sharpness < 1)
+    mistaken = question_answers(300, "train", SEED, Annotators(safety_error=0.3))
+    right = question_answers(300, "train", SEED)
+    assert [(row.id, row.response) for row in mistaken] == [(row.id, row.response) for row in right]
+    assert question_answers(300, "train", SEED, Annotators(0.9, 0.3)) == right, "only mistakes change single replies"
+    assert mistaken[:100] == question_answers(100, "train", SEED, Annotators(safety_error=0.3))
+
+
+def test_the_weight_of_safety_in_the_single_label() -> None:
+    """Only the single label heeds it, and the more it weighs the more the label follows harmlessness."""
+    by_weight = {weight: preference_pairs(3000, "train", SEED, Annotators(weight)) for weight in (0.0, 0.3, 0.7, 1.0)}
+    usual = preference_pairs(3000, "train", SEED)
+    truths = [(judge(p.prompt, p.response_0), judge(p.prompt, p.response_1)) for p in usual]
+
+    def share(rows: list[PreferencePair], quantity: str) -> float:
+        """Of single labels that name the reply with more of it, where there is one."""
+        gaps = [getattr(second, quantity) - getattr(first, quantity) for first, second in truths]
+        found = [(row.single_response_id == 1) == (gap > 0) for row, gap in zip(rows, gaps, strict=True) if gap]
+        return float(np.mean(found))
+
+    harmless = {weight: share(rows, "harmlessness") for weight, rows in by_weight.items()}
+    safe = [share(rows, "is_safe") for rows in by_weight.values()]
+    helpful = [share(rows, "helpfulness") for rows in by_weight.values()]
+    assert harmless[1.0] > harmless[0.0] + 0.05 and harmless[0.7] > harmless[0.3]
+    assert safe == sorted(safe) and safe[0] < 0.5 and safe[-1] > 0.95
+    assert helpful == sorted(helpful, reverse=True) and helpful[0] > helpful[-1] + 0.1
+    for rows in by_weight.values():
+        blind = [replace(row, single_response_id=None) for row in rows]
+        assert blind == [replace(row, single_response_id=None) for row in usual]
+
+
+def test_blunt_annotators_agree_less_with_truth(train: list[PreferencePair]) -> None:
+    rights = []
+    for sharpness in (0.0, 0.5, 1.0, 3.0):
+        rows = preference_pairs(3000, "train", SEED, Annotators(sharpness=sharpness))
+        gaps = _gaps(train[:3000], "helpfulness")
+        labels = torch.tensor([row.better_response_id for row in rows])
+        rights.append(float(((gaps > 0) == (labels == 1))[gaps != 0].float().mean()))
+    assert rights[0] == pytest.approx(0.5, abs=0.04), "they see nothing"
+    assert rights == sorted(rights)
+    assert rights[-1] > 0.9
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_mistakes_about_safety(share: float) -> None:
+    """So many labels of safety are wrong, of safe replies as of unsafe ones; each row stays consistent in itself."""
+    who = Annotators(safety_error=share)
+    singles = question_answers(3000, "train", SEED, who)
+    pairs = preference_pairs(1500, "train", SEED, who)
+    labels = [(row.prompt, row.response, row.is_safe, row.severity_level, row.harm_category) for row in singles]
+    for pair in pairs:
+        said = [getattr(pair, name) for name in SAFETY]
+        labels.append((pair.prompt, pair.response_0, *said[:3]))
+        labels.append((pair.prompt, pair.response_1, *said[3:]))
+        if pair.is_response_0_safe != pair.is_response_1_safe:
+            assert pair.safer_response_id == int(bool(pair.is_response_1_safe)), "the rule holds for labels"
+    wrong: dict[bool, list[bool]] = {True: [], False: []}
+    severities, categories = set[int](), set[str]()
+    for prompt, reply, is_safe, severity, found in labels:
+        truth = judge(prompt, reply)
+        assert is_safe == (severity == 0) == (not found)
+        wrong[truth.is_safe].append(is_safe != truth.is_safe)
+        if is_safe == truth.is_safe:
+            assert (severity, found) == (truth.severity, truth.harm_category)
+        elif truth.is_safe:
+            severities.add(severity or 0)
+            categories |= found or frozenset()
+    for mistakes in wrong.values():
+        error = np.sqrt(share * (1 - share) / len(mistakes))
+        assert np.mean(mistakes) == pytest.approx(share, abs=4 * error)
+    assert severities == {1, 2, 3}
+    assert len(categories) == 19
+
+
+def test_a_mistake_about_safety_changes_the_label_not_the_look_of_a_reply(train: list[PreferencePair]) -> None:
+    for pair in train[:200]:
+        truth = judge(pair.prompt, pair.response_0)
+        taken = Annotators(safety_error=0.999999).safety(random.Random(1), truth)
+        assert taken.is_safe != truth.is_safe
+        assert perceived_harmlessness(taken) == pytest.approx(perceived_harmlessness(truth))
+        assert (taken.helpfulness, taken.kind, taken.is_refusal) == (truth.helpfulness, truth.kind, truth.is_refusal)
+        assert Annotators().safety(random.Random(1), truth) is truth
+
+
+def test_labels_like_those_of_beavertails(train: list[PreferencePair], shares: dict[str, float]) -> None:
+    """Published agreement of its annotators: 62.4% on helpfulness, 60.9% on harmlessness, 81.7% on safety."""
+    found = statistics(train[:6000], Annotators(sharpness=0.7, safety_error=0.1))
+    assert found["agreement/better"] == pytest.approx(0.624, abs=0.02)
+    assert found["agreement/safer"] == pytest.approx(0.609, abs=0.02)
+    assert found["agreement/safety"] == pytest.approx(0.817, abs=0.015)
+    assert shares["agreement/safety"] == 1.0
+    # what the pairs are does not depend on who is asked
+    usual = statistics(train[:6000])
+    assert {k: v for k, v in found.items() if "agreement" not in k} == {
+        k: v for k, v in usual.items() if "agreement" not in k
+    }

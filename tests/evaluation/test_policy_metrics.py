@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from saferlhf.data.rows import as_prompt
-from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet, judged_by, requests, sample_lines
+from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet, judged_by, requests
 from saferlhf.evaluation.policy_metrics import policy_metrics, safe_of, wins
 from saferlhf.rollout.scorers import Failure, ScoreRequest, Scores
 
@@ -303,20 +303,6 @@ def test_judges_are_asked_prompt_by_prompt_and_their_failures_counted() -> None:
 def test_two_judges_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="different names"):
         judged_by(prompts([1]), said((("a",),)), [LengthJudge(), LengthJudge()])
-
-
-def test_lines_of_samples() -> None:
-    rows = prompts([1])
-    one = judged_by(rows, said((("bad", "a b"),)), [LengthJudge()])
-    lines = sample_lines(rows, {"policy": one, "baseline": said((("c",),))})
-    assert [(line["policy"], line["sample"], line["response"]) for line in lines] == [
-        ("policy", 0, "bad"),
-        ("policy", 1, "a b"),
-        ("baseline", 0, "c"),
-    ]
-    assert lines[0]["scores"] == {"length": {"reward": None}}
-    assert lines[1]["scores"] == {"length": {"reward": 2.0}}
-    assert lines[0]["prompt"] == [["user", "prompt 0"]]
 
 
 def test_prompts_and_responses_of_different_numbers() -> None:

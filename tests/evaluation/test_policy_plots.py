@@ -11,8 +11,23 @@ import pytest
 from rich.console import Console
 
 from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers
-from saferlhf.evaluation.policy_plots import constraint_curves, constraint_png, plane_of, scatter_png, scatter_svg
-from saferlhf.evaluation.policy_table import Cell, arena_table, evaluation_table, format_cell, policy_table
+from saferlhf.evaluation.policy_plots import (
+    constraint_curves,
+    constraint_png,
+    plane_of,
+    plane_png,
+    scatter_png,
+    scatter_svg,
+)
+from saferlhf.evaluation.policy_table import (
+    Cell,
+    arena_table,
+    differences_table,
+    evaluation_table,
+    format_cell,
+    markdown,
+    policy_table,
+)
 
 
 def answers(**outputs: Any) -> PolicyAnswers:
@@ -65,6 +80,91 @@ def test_the_scatter_as_png_and_svg(tmp_path: Path) -> None:
     assert "silent" not in str(scatter_svg(policies))
     assert not scatter_png(tmp_path / "none.png", {"a": answers(reward=[[1]])})
     assert not (tmp_path / "none.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------ several policies
+def measured(safe: float, helpful: float, **more: float) -> dict[str, float]:
+    """Metrics of one evaluation, as far as the plane shows them."""
+    found = {"safe_rate": safe, "mean_helpfulness": helpful, **more}
+    return {f"policy/{name}": value for name, value in found.items()}
+
+
+class Drawn:
+    """What was drawn into the plane's axes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from matplotlib.axes import Axes
+
+        self.points: dict[str, tuple[Any, ...]] = {}
+        self.lines: dict[str, list[tuple[float, float]]] = {}
+        errorbar, plot = Axes.errorbar, Axes.plot
+
+        def noted_point(axes: Any, x: Any, y: Any, **how: Any) -> Any:
+            self.points[how["label"]] = (x, y, how["xerr"], how["yerr"])
+            return errorbar(axes, x, y, **how)
+
+        def noted_line(axes: Any, x: Any, y: Any, *style: Any, **how: Any) -> Any:
+            if "label" in how:
+                self.lines[how["label"]] = list(zip(np.atleast_1d(x), np.atleast_1d(y), strict=True))
+            return plot(axes, x, y, *style, **how)
+
+        monkeypatch.setattr(Axes, "errorbar", noted_point)
+        monkeypatch.setattr(Axes, "plot", noted_line)
+
+
+def test_the_plane_of_several_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Drawn(monkeypatch)
+    ends = {"safe_rate_low": 0.8, "safe_rate_high": 0.95, "mean_helpfulness_low": 1.75, "mean_helpfulness_high": 2.5}
+    policies = {
+        "dual": measured(0.9, 2.0, **ends),
+        "nu 1": measured(0.7, 2.2),
+        "nu 0": measured(0.2, 2.9, best_safe_helpfulness=3.0),
+        "unknown": {"policy/safe_rate": 1.0},
+    }
+    policies["dual"] |= {
+        "policy/baseline_policy/safe_rate": 0.4,
+        "policy/baseline_policy/mean_helpfulness": 1.0,
+    }
+    front = ["nu 1", "nobody", "nu 0", "unknown"]
+    assert plane_png(tmp_path / "new" / "a.png", policies, baseline="SFT", front=front)
+    assert min(size_of(tmp_path / "new" / "a.png")) > 300
+    assert list(drawn.points) == ["SFT", "dual", "nu 1", "nu 0"], "who lacks one of both is not drawn"
+    assert drawn.points["SFT"] == (0.4, 1.0, [[0.0], [0.0]], [[0.0], [0.0]])
+    x, y, across, along = drawn.points["dual"]
+    assert (x, y) == (0.9, 2.0)
+    np.testing.assert_allclose(across, [[0.1], [0.05]])
+    np.testing.assert_allclose(along, [[0.25], [0.5]])
+    # joined by how safe they are, whatever their order
+    assert drawn.lines == {"fixed weights": [(0.2, 2.9), (0.7, 2.2)], "best safe": [(1.0, 3.0)]}
+    assert plane_png(tmp_path / "b.png", policies, baseline="SFT", front=front)
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "new" / "a.png").read_bytes()
+
+
+def test_a_plane_without_front_or_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Drawn(monkeypatch)
+    assert plane_png(tmp_path / "a.png", {"PPO": measured(0.9, 2.0)}, baseline="SFT", front=["PPO"])
+    assert (list(drawn.points), drawn.lines) == (["PPO"], {})
+    assert not plane_png(tmp_path / "none.png", {"PPO": {"policy/mean_reward": 1.0}}, baseline="SFT")
+    assert not plane_png(tmp_path / "none.png", {}, baseline="SFT")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_an_interval_that_leaves_its_value_out(tmp_path: Path) -> None:
+    """Percentile intervals may, with few prompts; the picture is drawn all the same."""
+    odd = measured(0.9, 2.0, safe_rate_low=0.91, safe_rate_high=0.95)
+    assert plane_png(tmp_path / "a.png", {"PPO": odd})
+
+
+def test_many_policies_differ_in_colour_or_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    looks = []
+    errorbar = Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda *a, **how: looks.append((how["fmt"], how["color"])) or errorbar(*a, **how)
+    )
+    assert plane_png(tmp_path / "a.png", {f"p{i}": measured(i / 20, 2.0) for i in range(13)})
+    assert len(set(looks)) == 13
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -159,3 +259,63 @@ def test_the_common_baseline_as_a_column() -> None:
 @pytest.mark.parametrize("metrics", [{}, {"policy/mean_tokens": 3.0}])
 def test_without_truth_there_is_no_best(metrics: dict[str, float]) -> None:
     assert not [line for line in shown(evaluation_table(metrics)) if "best" in line]
+
+
+# ------------------------------------------------------------------------------------------------ differences
+PAIRS = {
+    "dual - single": {
+        "helpful_win_rate": 0.7,
+        "helpful_win_rate_low": 0.65,
+        "helpful_win_rate_high": 0.75,
+        "helpful_tie_rate": 0.1,
+        "difference/safe_rate": 0.125,
+        "difference/safe_rate_low": -0.01,
+        "difference/safe_rate_high": 0.26,
+        "difference/mean_helpfulness": -0.5,
+        "difference/unheard_of": 3.0,
+    },
+    "dual - nu 1": {"helpful_win_rate": 0.4, "difference/mean_cost": 2.0, "mean_cost": 9.0},
+}
+
+
+def test_differences_as_a_table() -> None:
+    lines = shown(differences_table(PAIRS, title="paired"))
+    assert lines[:2] == ["paired", "dual - single dual - nu 1"]
+    # rates of wins are no differences and carry no sign; shares differ in points
+    assert lines[3:] == [
+        "helpfulness wins 70.0% [65.0, 75.0] 40.0%",
+        "ties among them 10.0%",
+        "helpfulness -0.50",
+        "cost +2.00",
+        "safe responses +12.5 [-1.0, +26.0]",
+    ]
+
+
+def test_a_table_as_markdown() -> None:
+    assert markdown(differences_table(PAIRS, title="paired")).splitlines() == [
+        "**paired**",
+        "",
+        "|  | dual - single | dual - nu 1 |",
+        "| --- | --- | --- |",
+        "| helpfulness wins | 70.0% [65.0, 75.0] | 40.0% |",
+        "| ties among them | 10.0% |  |",
+        "| helpfulness | -0.50 |  |",
+        "| cost |  | +2.00 |",
+        "| safe responses | +12.5 [-1.0, +26.0] |  |",
+    ]
+
+
+def test_markdown_without_title_or_rows_and_with_a_bar() -> None:
+    assert markdown(differences_table({"a|b - c": {"helpful_win_rate": 0.5}})).splitlines() == [
+        "|  | a\\|b - c |",
+        "| --- | --- |",
+        "| helpfulness wins | 50.0% |",
+    ]
+    assert markdown(differences_table({})) == "|  |\n| --- |"
+
+
+def test_policies_as_markdown() -> None:
+    lines = markdown(policy_table({"PPO": METRICS}, baseline="SFT", title="policies")).splitlines()
+    assert lines[0] == "**policies**"
+    assert "|  | SFT | PPO | best safe |" in lines
+    assert "| safe responses | 48.0% | 99.0% [98.0, 100.0] | 100.0% |" in lines

@@ -32,6 +32,7 @@ from saferlhf.run.prepare import locate_run
 
 FAKE = Path(__file__).with_name("fake_stage.py")
 FEW = ["tracking=none"]
+THREE = "pipeline.stages=[sft,reward,cost]"
 BASE = config("task=sft")
 subprocess_popen = subprocess.Popen
 
@@ -96,7 +97,7 @@ def pipeline(tmp_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
 
 def test_stages_run_in_order_and_once(pipeline: Pipeline) -> None:
     pipeline.use_processes()
-    first = pipeline()
+    first = pipeline(THREE)
     assert first.code == 0, first.err
     everything = {"quickstart", "quickstart-sft", "quickstart-reward", "quickstart-cost"}
     assert pipeline.statuses() == dict.fromkeys(everything, "finished")
@@ -112,7 +113,7 @@ def test_stages_run_in_order_and_once(pipeline: Pipeline) -> None:
     assert str(sft) in first.out
 
     logs = {stage: pipeline.log(stage) for stage in ("sft", "reward", "cost")}
-    second = pipeline()
+    second = pipeline(THREE)
     assert second.code == 0
     assert [line.strip() for line in second.err.splitlines()] == [
         f"{stage}: finished before" for stage in ("sft", "reward", "cost")
@@ -131,11 +132,11 @@ def test_cores_are_shared_by_stages_that_run_together(tmp_outputs: Path, monkeyp
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     words = ["debug=fast", "tracking=none", f"output_root={tmp_outputs}"]
     sft = finish(locate_run(config("task=sft", *words)))
-    assert threads_of(stages_of(*words), {"sft": sft}) == {"sft": "6", "reward": "3", "cost": "3"}
-    one = stages_of("pipeline.parallel=1", *words)
+    assert threads_of(stages_of(THREE, *words), {"sft": sft}) == {"sft": "6", "reward": "3", "cost": "3"}
+    one = stages_of(THREE, "pipeline.parallel=1", *words)
     assert threads_of(one, {"sft": sft}) == {"sft": "6", "reward": "6", "cost": "6"}
     # what the user says wins
-    mine = stages_of("trainer.threads=2", *words)
+    mine = stages_of(THREE, "trainer.threads=2", *words)
     assert threads_of(mine, {"sft": sft}) == {"sft": "2", "reward": "2", "cost": "2"}
 
 
@@ -156,7 +157,7 @@ def threads_of(stages: Stages, folders: dict[str, Path]) -> dict[str, str]:
 
 
 def test_a_failing_stage_is_one_line_and_the_others_go_on(pipeline: Pipeline) -> None:
-    answer = pipeline("debug=fast", reward={"code": 7, "say": "noise\nerror: the disk is full (in here)"})
+    answer = pipeline("debug=fast", THREE, reward={"code": 7, "say": "noise\nerror: the disk is full (in here)"})
     assert answer.code == 7
     (line,) = [line for line in answer.err.splitlines() if line.startswith("error: ")]
     log = pipeline.run("debug") / "reward.log"
@@ -166,7 +167,7 @@ def test_a_failing_stage_is_one_line_and_the_others_go_on(pipeline: Pipeline) ->
     assert "Traceback" not in answer.err
 
     # the next call does what is left
-    again = pipeline("debug=fast")
+    again = pipeline("debug=fast", THREE)
     assert again.code == 0
     assert "sft: finished before" in again.err and "cost: finished before" in again.err
     assert pipeline.statuses()["debug"] == "finished"
@@ -183,7 +184,7 @@ def test_several_failures_are_all_named(tmp_path: Path) -> None:
 
 def test_what_needs_a_failed_stage_is_not_run(pipeline: Pipeline) -> None:
     pipeline.use_processes()
-    answer = pipeline("debug=fast", sft={"signal": signal.SIGKILL})
+    answer = pipeline("debug=fast", THREE, sft={"signal": signal.SIGKILL})
     assert answer.code == 128 + signal.SIGKILL
     assert "stage 'sft' was ended by signal 9" in answer.err
     assert "reward: not run: a stage it needs did not finish" in answer.err
@@ -336,7 +337,7 @@ def test_refused_in_one_line_before_anything_is_written(pipeline: Pipeline, word
 # ------------------------------------------------------------------------------------------------ plans
 @pytest.mark.slow
 def test_a_plan_of_a_pipeline_writes_nothing(pipeline: Pipeline) -> None:
-    answer = pipeline("plan=on", *FAST[:-1])
+    answer = pipeline("plan=on", THREE, *FAST[:-1])
     assert answer.code == 0, answer.err
     assert not list(pipeline.outputs.iterdir())
     plans = answer.out.split("plan of stage ")[1:]
@@ -371,7 +372,9 @@ def stages_of(*overrides: str) -> Stages:
 @pytest.mark.slow
 def test_the_quickstart_in_small(tmp_path: Path) -> None:
     """Real stages, tracked: all finish, children hang under one parent, a second call answers in seconds."""
-    words = [*FAST[:-1], "output_root=outputs", "tracking.system_metrics=false"]
+    stages = ["sft", "reward", "cost", "ppo", "ppo_lag"]
+    chosen = f"pipeline.stages=[{','.join(stages)}]"
+    words = [*FAST[:-1], chosen, "output_root=outputs", "tracking.system_metrics=false"]
 
     def python(*more: str) -> tuple[subprocess.CompletedProcess[str], float]:
         started = time.monotonic()
@@ -383,11 +386,16 @@ def test_the_quickstart_in_small(tmp_path: Path) -> None:
     first, _ = python()
     assert first.returncode == 0, first.stderr
     folders = {path.parent.name: path for path in (tmp_path / "outputs").glob("debug*/*") if path.is_dir()}
-    assert set(folders) == {"debug", "debug-sft", "debug-reward", "debug-cost"}
-    for name in ("debug-sft", "debug-reward", "debug-cost"):
-        assert (folders[name] / "export" / "saferlhf.json").is_file()
-        lineage = json.loads((folders[name] / "export" / "saferlhf.json").read_text())["lineage"]
-        assert [parent["role"] for parent in lineage] == ([] if name == "debug-sft" else ["sft"])
+    assert set(folders) == {"debug", *(f"debug-{stage}" for stage in stages)}
+    parents_of: dict[str, list[str]] = {"sft": [], "reward": ["sft"], "cost": ["sft"]}
+    for stage in stages:
+        lineage = json.loads((folders[f"debug-{stage}"] / "export" / "saferlhf.json").read_text())["lineage"]
+        assert [parent["role"] for parent in lineage] == parents_of.get(stage, ["sft", "reward", "cost"])
+    # the policies stand side by side in the pipeline's folder and on the screen
+    text = (folders["debug"] / "comparison.md").read_text()
+    assert "| SFT | PPO | PPO-Lagrangian |" in text and "| PPO-Lagrangian - PPO |" in text
+    assert (folders["debug"] / "policies.png").read_bytes().startswith(b"\x89PNG")
+    assert "paired differences, prompt by prompt" in first.stdout
     assert "mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db" in first.stdout
 
     import mlflow
@@ -396,22 +404,29 @@ def test_the_quickstart_in_small(tmp_path: Path) -> None:
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     parents = {run.info.run_id: run for run in runs if "pipeline" in run.data.tags}
     children = [run for run in runs if "task" in run.data.tags]
-    assert len(parents) == 1 and len(children) == 3
+    assert len(parents) == 1 and len(children) == len(stages)
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == set(parents)
     assert {run.info.status for run in runs} == {"FINISHED"}
+    (parent,) = parents.values()
+    written = json.loads((folders["debug"] / "metrics.json").read_text())
+    compared = {name: value for name, value in written.items() if name.startswith("compare/")}
+    assert "compare/ppo-lagrangian_over_ppo/difference/mean_helpfulness" in compared
+    assert parent.data.metrics == pytest.approx(compared)
+    kept = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert {"comparison.md", "policies.png"} <= kept
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
     second, seconds = python()
     assert second.returncode == 0
-    assert second.stderr.count("finished before") == 3
-    assert seconds < 15
+    assert second.stderr.count("finished before") == len(stages)
+    assert seconds < 30
     plan, _ = python("plan=on")
     assert plan.returncode == 0
-    assert plan.stdout.count("(finished)") == 3
+    assert plan.stdout.count("(finished)") == len(stages)
     assert f"starts from    {folders['debug-sft'].relative_to(tmp_path)}" in plan.stdout
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
     changed = {path.relative_to(tmp_path / "outputs").parts[0] for path in after if after[path] != before.get(path)}
-    assert changed == {"debug"}, "only the pipeline's own status and metrics are written again"
+    assert changed == {"debug"}, "only the pipeline's own status, metrics and comparison are written again"
 
 
 @pytest.mark.slow

@@ -276,6 +276,7 @@ def _check_source(data: DataConfig) -> None:
         _check_mix(data)
     elif data.parts:
         raise UserError("parts belong to a mixture", "data.parts", "choose data=mix")
+    _check_annotators(data)
     given = [key for key in ("path", "test_path", "columns", "hub", "split") if getattr(data, key) is not None]
     if data.source == "toyworld" and given:
         raise UserError(
@@ -283,6 +284,22 @@ def _check_source(data: DataConfig) -> None:
             f"data={data.name}",
             "choose data=jsonl for a file of yours",
         )
+
+
+def _check_annotators(data: DataConfig) -> None:
+    who = data.annotators
+    if who is None:
+        return
+    if data.source != "toyworld":
+        what = f"the rows of data={data.name} are labelled already"
+        raise UserError(what, "data.annotators", "leave it out: only the toy world asks who labels it")
+    for key, high in (("single_safety", 1.0), ("safety_error", 0.5)):
+        value = getattr(who, key)
+        if not 0 <= value <= high:
+            mend = f"use a number from 0 to {high:g}"
+            raise UserError(f"{key} is {value}", f"data.annotators.{key}", mend)
+    if not 0 <= who.sharpness < float("inf"):
+        raise UserError(f"sharpness is {who.sharpness}", "data.annotators.sharpness", "use a number from 0 up")
 
 
 def _check_mix(data: DataConfig) -> None:

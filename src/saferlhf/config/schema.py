@@ -85,6 +85,15 @@ class DataPolicyConfig:
 
 
 @dataclass
+class AnnotatorsConfig:
+    """Who labels the toy world; see `data/toyworld/annotators.py`."""
+
+    single_safety: float = 0.5  # weight of harmlessness in the single label, 0..1
+    sharpness: float = 1.0  # factor of what annotators see of truth; smaller is noisier
+    safety_error: float = 0.0  # chance that a response's safety is labelled wrong
+
+
+@dataclass
 class DataConfig:
     """Where the rows come from and how they are split and checked."""
 
@@ -110,6 +119,7 @@ class DataConfig:
     # of a mixture: data set -> changed keys, rows, share; enters the identity with the fingerprint
     parts: Optional[dict[str, Any]] = field(default=None, metadata=CONTENT)
     seed: int = 0  # toy world and splits
+    annotators: Optional[AnnotatorsConfig] = field(default=None, metadata=IF_GIVEN)  # of the toy world
     train_rows: Optional[int] = None  # null: all
     val_rows: Optional[int] = None
     test_rows: Optional[int] = None
@@ -223,6 +233,19 @@ class StageConfig:
 
 
 @dataclass
+class CompareConfig:
+    """Policies of finished stages side by side, on the same prompts."""
+
+    policies: dict[str, str] = field(default_factory=dict)  # heading -> stage that trained the policy
+    baseline: Optional[str] = None  # heading of the policy that they all began as; null: not shown
+    # "A - B" of headings: A held against B, prompt by prompt
+    differences: list[str] = field(default_factory=list)
+    # headings of policies with fixed weights: those of `learned` are held against the front that these span
+    fixed: list[str] = field(default_factory=list)
+    learned: list[str] = field(default_factory=list)
+
+
+@dataclass
 class PipelineConfig:
     """Stages in order, each a normal run."""
 
@@ -231,6 +254,8 @@ class PipelineConfig:
     stages: list[str]
     definitions: dict[str, StageConfig]
     parallel: int = 2  # stages at once, as far as their inputs allow; each gets an equal share of the cores
+    # what is shown beside the stages' own numbers when all of them are finished
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 @dataclass

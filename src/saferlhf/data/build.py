@@ -198,6 +198,7 @@ def data_fingerprint(cfg: DataConfig) -> str:
         return hashlib.sha256(json.dumps(["mix", *mixed.items()], sort_keys=True).encode()).hexdigest()[:16]
     from saferlhf.data import toyworld
 
+    # who labels them is in the config
     generators: tuple[Generate, ...] = (toyworld.preference_pairs, toyworld.demonstrations, toyworld.question_answers)
     probes = [list(generate(_PROBE_ROWS, split=split, seed=cfg.seed)) for generate in generators for split in SPLITS]
     words = "\x00".join(toyworld.vocabulary())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,36 +111,3 @@ def judged_by(prompts: PromptSet, answers: PolicyAnswers, judges: Sequence[Score
 def _shaped(scores: Scores, shape: tuple[int, int]) -> Judged:
     values = {name: np.asarray(column, dtype=np.float64).reshape(shape) for name, column in scores.values.items()}
     return Judged(values, scores.counts(), ~scores.scored.reshape(shape))
-
-
-def sample_lines(
-    prompts: PromptSet, policies: Mapping[str, PolicyAnswers], with_scores: bool = True
-) -> list[dict[str, Any]]:
-    """Lines of `samples.jsonl`, prompt by prompt, the policies' responses to it below each other."""
-    lines = []
-    for i, row_id in enumerate(prompts.ids):
-        for name, answers in policies.items():
-            for j in range(answers.shape[1]):
-                line: dict[str, Any] = {
-                    "row_id": row_id,
-                    "policy": name,
-                    "sample": j,
-                    "prompt": [list(turn) for turn in prompts.prompts[i]],
-                    "response": answers.texts[i][j],
-                    "tokens": int(answers.tokens[i, j]),
-                    "truncated": bool(answers.truncated[i, j]),
-                }
-                if answers.kl is not None:
-                    line["kl"] = _plain(answers.kl[i, j])
-                if with_scores:
-                    line["scores"] = {
-                        judge: {output: _plain(column[i, j]) for output, column in said.values.items()}
-                        for judge, said in answers.judged.items()
-                    }
-                lines.append(line)
-    return lines
-
-
-def _plain(value: float) -> float | None:
-    """A JSON number; null where there is none."""
-    return None if np.isnan(value) else round(float(value), 6)

@@ -251,7 +251,7 @@ def _arena(sheet: MetricSheet, policy: PolicyAnswers, baseline: PolicyAnswers) -
         for safety, share in (("safe", ours), ("unsafe", 1.0 - ours)):
             sheet.share(f"better_{safety}", better * share)
             sheet.share(f"worse_{safety}", (1.0 - better) * share)
-    before = _by_prompt(theirs, None)[:, None]  # (n, 1) share of the baseline's responses that are safe
+    before = by_prompt(theirs)[:, None]  # (n, 1) share of the baseline's responses that are safe
     for was, start in (("safe", before), ("unsafe", 1.0 - before)):
         for now, share in (("safe", ours), ("unsafe", 1.0 - ours)):
             sheet.share(f"{was}_to_{now}", start * share)
@@ -264,13 +264,13 @@ def _first_safe(answers: PolicyAnswers) -> Floats | None:
 
 def _differences(sheet: MetricSheet, prompts: PromptSet, policy: PolicyAnswers, baseline: PolicyAnswers) -> None:
     """Policy minus baseline, prompt by prompt: what makes a draw of prompts easy for both does not widen intervals."""
-    theirs = {name: _by_prompt(values, where) for name, values, where, _ in _quantities(prompts, baseline)}
+    theirs = {name: by_prompt(values, where) for name, values, where, _ in _quantities(prompts, baseline)}
     for name, values, where, _ in _quantities(prompts, policy):
         if name in theirs and "category/" not in name:  # many, and rare each
-            sheet.mean(name, _by_prompt(values, where) - theirs[name])
+            sheet.mean(name, by_prompt(values, where) - theirs[name])
 
 
-def _by_prompt(values: Floats, where: Bools | None) -> Floats:
+def by_prompt(values: Floats, where: Bools | None = None) -> Floats:
     """(n,) means over the responses of a prompt; NaN where none is known or counts."""
     known = ~np.isnan(values) if where is None else ~np.isnan(values) & where
     counts = known.sum(axis=1)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from saferlhf.evaluation.drawing import DASHES, GRID, INK, SERIES, panel, to_svg
 from saferlhf.evaluation.plots import Curve
 from saferlhf.evaluation.policy_answers import PolicyAnswers
+from saferlhf.evaluation.policy_metrics import BASELINE
 
 Floats = NDArray[np.float64]
 
@@ -25,6 +26,9 @@ PLANES = (("reward", "cost"), ("helpfulness", "harmlessness"))
 _MARKS = (INK, GRID, *SERIES)
 _ON_WHITE = dict(zip(_MARKS, ("#1b1f24", "#d1d9e0", "#0072b2", "#d55e00", "#009e73", "#aa4499"), strict=True))
 _MOST_POINTS = 2_000  # of each policy; more make a blot
+
+Point = tuple[float, float, float]
+"""A value and the ends of its interval."""
 
 CONSTRAINT_CURVES = ("lambda", "cost", "reward")
 """Panels of the picture of a constraint at work, top to bottom."""
@@ -89,6 +93,68 @@ def _scatter(policies: Mapping[str, PolicyAnswers], colours: Mapping[str, str]) 
     # above the plane: anywhere in it would hide responses
     figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=colours[INK], fontsize=9)
     return figure
+
+
+# ------------------------------------------------------------------------------------------------ several policies
+def plane_png(
+    path: Path,
+    policies: Mapping[str, Mapping[str, float]],
+    *,
+    baseline: str | None = None,
+    front: Sequence[str] = (),
+    prefix: str = "policy",
+) -> bool:
+    """Write policies as points of the plane of safe responses and helpfulness; False where neither is known.
+
+    Args:
+        path: of the PNG.
+        policies: heading -> metrics of its evaluation, with intervals.
+        baseline: heading of the policy that all of them are measured against; None: it is not drawn.
+        front: headings that are joined by a line, by how safe they are.
+        prefix: of the metrics' names.
+    """
+    places = {name: point for name, metrics in policies.items() if (point := _place(metrics, prefix)) is not None}
+    if baseline is not None and policies:
+        start = _place(next(iter(policies.values())), f"{prefix}/{BASELINE}")
+        places = places if start is None else {baseline: start, **places}
+    if not places:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    line = sorted((places[name][0][0], places[name][1][0]) for name in front if name in places)
+    if len(line) > 1:
+        axes.plot(*zip(*line, strict=True), ":", color=_ON_WHITE[INK], linewidth=1.2, label="fixed weights")
+    for number, (name, (x, y)) in enumerate(places.items()):
+        colour, marker = _ON_WHITE[SERIES[number % len(SERIES)]], "os^Dv<>p"[number // len(SERIES) % 8]
+        # a percentile interval of few prompts may leave its own value out
+        spans = [[[max(point - low, 0.0)], [max(high - point, 0.0)]] for point, low, high in (x, y)]
+        axes.errorbar(x[0], y[0], xerr=spans[0], yerr=spans[1], fmt=marker, color=colour, label=name, capsize=2)
+    best_key = f"{prefix}/best_safe_helpfulness"
+    best = next((m[best_key] for m in policies.values() if best_key in m), None)
+    if best is not None:
+        axes.plot(1.0, best, "*", color=_ON_WHITE[INK], markersize=11, label="best safe", clip_on=False)
+    axes.set_xlabel("share of safe responses")
+    axes.set_ylabel("mean helpfulness")
+    axes.grid(color=_ON_WHITE[GRID], linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    _save(figure, path)
+    return True
+
+
+def _place(metrics: Mapping[str, float], prefix: str) -> tuple[Point, Point] | None:
+    """(x, y), each with the ends of its interval."""
+    found = []
+    for name in ("safe_rate", "mean_helpfulness"):
+        key = f"{prefix}/{name}"
+        if key not in metrics:
+            return None
+        value = metrics[key]
+        found.append((value, metrics.get(f"{key}_low", value), metrics.get(f"{key}_high", value)))
+    return found[0], found[1]
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -134,6 +134,37 @@ def arena_table(metrics: Metrics, *, prefix: str = "policy") -> Table | None:
     return table
 
 
+def differences_table(pairs: Mapping[str, Metrics], *, title: str = "") -> Table:
+    """A rich table of policies held against each other in pairs: a line per quantity, a column per pair.
+
+    Args:
+        pairs: heading, as `A - B` -> what `policy_compare.against` found.
+        title: above the table.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("", overflow="fold")
+    for head in pairs:
+        table.add_column(head, justify="right")
+    for key, words in LINES:
+        signed = "win_rate" not in key and "tie_rate" not in key
+        name = f"difference/{key}" if signed else key
+        cells = [cell_of(metrics, name) for metrics in pairs.values()]
+        if any(cells):
+            table.add_row(words, *(format_cell(cell, key, signed) for cell in cells))
+    return table
+
+
+def markdown(table: Table) -> str:
+    """A rich table as Markdown, its title above it."""
+    columns = [(str(column.header), [str(cell) for cell in column.cells]) for column in table.columns]
+    rows = [[head for head, _ in columns], ["---"] * len(columns), *zip(*(cells for _, cells in columns), strict=True)]
+    lines = ["| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([*([f"**{table.title}**", ""] if table.title else []), *lines])
+
+
 def _cells(metrics: Metrics, area: str) -> dict[str, Cell | None]:
     return {key: cell_of(metrics, f"{area}/{key}") for key, _ in LINES}
 

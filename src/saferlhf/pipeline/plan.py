@@ -1,7 +1,8 @@
 """`plan=on` for a pipeline: each stage's plan, in order; nothing is written.
 
 A stage that starts from a run which does not exist yet cannot be known to the last detail: its weights are planned as
-the backbone's own, which have the same size, and its folder gets its name when the run before is finished.
+the backbone's own, which have the same size, and its folder gets its name when the run before is finished. Where models
+for its roles are missing as well, its size is left open.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def plan_pipeline(stages: Stages) -> None:
             folders[stage.name] = run.folder.path
         prepared = prepare(run)
         folder = run.folder.path if start is None else run.folder.path.parent
-        rows = plan_rows(run.config, prepared.encoded, prepared.task, prepared.steps, folder, start=start)
+        build = start is None or all(key == "init" for key in stage.definition.inputs)
+        task = prepared.task if build else None
+        rows = plan_rows(run.config, prepared.encoded, task, prepared.steps, folder, start=start)
         show_table(f"plan of stage {stage.name}", rows)
 
 

@@ -19,6 +19,7 @@ from saferlhf.config.identity import identity_tree, run_hash
 from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
 from saferlhf.config.schema import TrainConfig
 from saferlhf.errors import UserError
+from saferlhf.pipeline.compare import COMPARISON_FILES, compare
 from saferlhf.pipeline.launcher import Job, JobResult, cpu_share, last_words, launch
 from saferlhf.pipeline.screen import StageScreen
 from saferlhf.pipeline.stages import Stage, Stages
@@ -69,6 +70,10 @@ def run_pipeline(stages: Stages, *, flags: Sequence[str] = ()) -> dict[str, floa
         if any(result.code != 0 for result in results.values()):
             raise _failure(results, summary)
         _check_places(folders)
+        own = {stage.name: folders[stage.name] for stage in stages.asked}
+        print(metrics_overview(own, time.monotonic() - started))
+        metrics = _summary(stages, folders, summary)
+        parent.log(metrics)
         end = FINISHED
     except KeyboardInterrupt:
         end = KILLED
@@ -77,13 +82,18 @@ def run_pipeline(stages: Stages, *, flags: Sequence[str] = ()) -> dict[str, floa
         summary.update_status(status=end, stages={name: str(path) for name, path in folders.items()})
         summary.release()
         parent.finish(end)
-    own = {stage.name: folders[stage.name] for stage in stages.asked}
-    found = {name: read_json(path / "metrics.json") or {} for name, path in own.items()}
-    metrics = {f"{stage}/{name}": value for stage, values in found.items() for name, value in values.items()}
-    write_json(summary.metrics, metrics)
-    print(metrics_overview(own, time.monotonic() - started))
     if ui := ui_command(first.tracking, Path(first.output_root)):
         print(f"compare: {ui}")
+    return metrics
+
+
+def _summary(stages: Stages, folders: Mapping[str, Path], summary: RunFolder) -> dict[str, float]:
+    """The numbers of all stages and of their comparison, which is printed; `metrics.json` of the pipeline's folder."""
+    found = {stage.name: read_json(folders[stage.name] / "metrics.json") or {} for stage in stages.asked}
+    metrics = {f"{stage}/{name}": value for stage, values in found.items() for name, value in values.items()}
+    compared = compare(stages.pipeline.compare, folders, summary.path)
+    metrics |= {f"compare/{name}": value for name, value in compared.items()}
+    write_json(summary.metrics, metrics)
     return metrics
 
 
@@ -184,6 +194,15 @@ class _Parent:
             )
             self._summary.update_status(mlflow_run_id=self._logger.run_id)
         return [f"tracking.parent_run_id={self._logger.run_id}"]
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Keep the comparison of the stages' policies, if the run was begun; each stage has its own numbers itself."""
+        if self._logger is None:
+            return
+        self._logger.log_metrics({name: value for name, value in metrics.items() if name.startswith("compare/")})
+        for name in COMPARISON_FILES:
+            if (self._summary.path / name).is_file():
+                self._logger.log_artifact(self._summary.path / name)
 
     def finish(self, status: str) -> None:
         """End the run if it was begun."""

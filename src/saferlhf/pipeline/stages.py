@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from saferlhf.config.arguments import assign, key_of, merged
+from saferlhf.config.rollout_schema import SignalConfig
 from saferlhf.config.run_folder import FINISHED
 from saferlhf.config.schema import PipelineConfig, StageConfig, TrainConfig
 from saferlhf.config.validate import suggestion
 from saferlhf.errors import UserError
+from saferlhf.pipeline.compare import check_compare
 from saferlhf.run.prepare import LocatedRun, locate_run
 
 Compose = Callable[[Sequence[str]], TrainConfig]
@@ -61,6 +63,7 @@ class Stages:
         self._compose, self._overrides = compose, overrides
         self._all = {name: Stage(name, definition) for name, definition in config.definitions.items()}
         self._check_names()
+        check_compare(config.compare, list(self._all))
         self.asked = [self._all[name] for name in self._in_order() if name in config.stages]
         self._check_inputs()
         # all of them now: fail at once, not at the last stage
@@ -81,11 +84,7 @@ class Stages:
         """The stage's checked config with the values of its inputs."""
         config = deepcopy(self.configs[stage.name] if stage.name in self.configs else self._composed(stage))
         for key, value in inputs.items():
-            node: Any = config
-            *parents, leaf = key.split(".")
-            for parent in parents:
-                node = getattr(node, parent)
-            setattr(node, leaf, value)
+            _set(config, key, value)
         return config
 
     def locate(self, stage: Stage, folders: Mapping[str, Path]) -> LocatedRun:
@@ -175,3 +174,13 @@ class Stages:
             if config.resume not in ("auto", "never"):
                 what = "a path names one run, a pipeline has several"
                 raise UserError(what, f"resume={config.resume}", "resume=auto, resume=never, or run the task alone")
+
+
+def _set(config: TrainConfig, key: str, value: str | None) -> None:
+    """Give a key of the checked config a value; what a scorer is asked with stands in its judge."""
+    node: Any = config
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node[parent] if isinstance(node, Mapping) else getattr(node, parent)
+        node = node.judge if isinstance(node, SignalConfig) else node
+    setattr(node, leaf, value)

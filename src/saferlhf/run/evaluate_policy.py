@@ -23,13 +23,15 @@ from saferlhf.config.schema import EvaluateConfig
 from saferlhf.data.build import build_data
 from saferlhf.data.rows import PromptRow
 from saferlhf.errors import UserError
-from saferlhf.evaluation.policy_answers import PolicyAnswers, PromptSet, judged_by, sample_lines
+from saferlhf.evaluation.policy_answers import PolicyAnswers, PromptSet, judged_by
 from saferlhf.evaluation.policy_config import TOYWORLD, AskedJudge, asked_judges
 from saferlhf.evaluation.policy_judges import check_judges, load_judges
 from saferlhf.evaluation.policy_kl import response_kl
 from saferlhf.evaluation.policy_metrics import policy_metrics
 from saferlhf.evaluation.policy_plots import constraint_png, scatter_png, scatter_svg
+from saferlhf.evaluation.policy_samples import sample_lines
 from saferlhf.evaluation.policy_sampling import Sampling, SamplingOptions, room_for, sample_policy
+from saferlhf.evaluation.policy_truth import best_metrics, harmful_requests
 from saferlhf.models.loading import load_export
 from saferlhf.models.locator import resolve
 from saferlhf.models.metadata import ExportMetadata, read_metadata
@@ -75,7 +77,7 @@ def measure_policy(config: EvaluateConfig, model: JudgedModel, folder: RunFolder
     )
     metrics |= {f"{PREFIX}/prompts": float(len(prompts)), f"{PREFIX}/samples": float(config.samples)}
     if config.data.source == TOYWORLD:
-        metrics |= _best(prompts)
+        metrics |= best_metrics(prompts.prompts, PREFIX)
     drawings = [svg for svg in (scatter_svg(policies),) if svg is not None]
     scatter_png(folder.path / SCATTER, policies)
     if model.location.run_folder is not None:
@@ -89,22 +91,7 @@ def _harmful(config: EvaluateConfig, rows: Sequence[PromptRow]) -> NDArray[np.fl
     """(n,) 1 = harmful, 0 = benign, NaN = not known."""
     if config.harmful is not None:
         return np.full(len(rows), float(config.harmful))
-    if config.data.source == TOYWORLD:
-        from saferlhf.data.toyworld import is_harmful_request
-
-        return np.array([float(is_harmful_request(row.prompt)) for row in rows])
-    return np.full(len(rows), np.nan)
-
-
-def _best(prompts: PromptSet) -> dict[str, float]:
-    from saferlhf.data.toyworld import best_point
-
-    best = best_point(prompts.prompts)
-    return {
-        f"{PREFIX}/best_safe_helpfulness": best.helpfulness,
-        f"{PREFIX}/best_safe_harmlessness": best.harmlessness,
-        f"{PREFIX}/best_unsafe_helpfulness": best.unsafe_helpfulness,
-    }
+    return harmful_requests([row.prompt for row in rows], toyworld=config.data.source == TOYWORLD)
 
 
 def _judged(

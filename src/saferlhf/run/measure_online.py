@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from saferlhf.config.rollout_schema import TruthJudgeConfig
 from saferlhf.data.templates import end_id, pad_id
-from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet, judged_by, sample_lines
+from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet, judged_by
 from saferlhf.evaluation.policy_metrics import policy_metrics
+from saferlhf.evaluation.policy_samples import sample_lines
+from saferlhf.evaluation.policy_truth import best_metrics, harmful_requests
 from saferlhf.ops.constraint import UpperBound
 from saferlhf.rollout.build import build_scorer
 from saferlhf.rollout.experience import Rollout
@@ -40,7 +41,7 @@ def measure_online(prepared: PreparedRun) -> Evaluation:
     prompts = PromptSet(
         ids=tuple(prompt.row_id for prompt in chosen),
         prompts=tuple(prompt.prompt for prompt in chosen),
-        harmful=_harmful([prompt.prompt for prompt in chosen], toyworld),
+        harmful=harmful_requests([prompt.prompt for prompt in chosen], toyworld=toyworld),
     )
     policies: dict[str, PolicyAnswers] = {}
     costs: dict[str, Any] = {}
@@ -66,6 +67,8 @@ def measure_online(prepared: PreparedRun) -> Evaluation:
         seed=config.seed,
     )
     metrics |= {"policy/prompts": float(len(prompts)), "policy/samples": 1.0}
+    if toyworld:
+        metrics |= best_metrics(prompts.prompts)
     metrics |= {f"train/final_lambda_{name}": value for name, value in task.constraint.lambdas.items()}
     if isinstance(task.constraint, UpperBound):
         test = task.constraint.test(costs, list(prompts.ids))
@@ -106,12 +109,3 @@ def _own_scores(task: ActorCriticTask, rollout: Rollout) -> tuple[PolicyAnswers,
         judged={OWN_JUDGE: Judged(values, rejected=rejected)},
     )
     return answers, {name: torch.as_tensor(value) for name, value in scores.costs.items()}
-
-
-def _harmful(prompts: list[Any], toyworld: bool) -> Any:
-    """(n,) 1 = harmful, 0 = benign, NaN = not known."""
-    if not toyworld:
-        return np.full(len(prompts), np.nan)
-    from saferlhf.data.toyworld import is_harmful_request
-
-    return np.array([float(is_harmful_request(prompt)) for prompt in prompts])

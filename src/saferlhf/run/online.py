@@ -40,10 +40,10 @@ def supervised_rows(config: TrainConfig, encoder: Encoder) -> Any:
     return encoder.answers(rows.train, "train", rows.report, config.data.policy)
 
 
-def online_plan_rows(config: TrainConfig, task: ActorCriticTask, steps: int) -> list[tuple[str, str]]:
-    """Lines of the plan about roles and rollouts; the task's model is built."""
+def online_plan_rows(config: TrainConfig, task: ActorCriticTask | None, steps: int) -> list[tuple[str, str]]:
+    """Lines of the plan about roles and rollouts; without a task, of all but the roles."""
     rollout, ppo = config.rollout, config.task
-    assert rollout is not None and task.roles is not None
+    assert rollout is not None
     responses = rollout.prompts * rollout.samples
     micro = config.trainer.micro_batch_size
     lines = [
@@ -51,7 +51,8 @@ def online_plan_rows(config: TrainConfig, task: ActorCriticTask, steps: int) -> 
     ]
     lines.append(("", f"each {ppo.epochs} passes of {ppo.mini_batches} steps" + (f" in {micro}s" if micro else "")))
     lines.append(("", f"{responses * steps:,} responses in all"))
-    lines += [(row["role"], ("trained, " if row["trained"] else "") + row["start"]) for row in task.roles.describe()]
+    roles = [] if task is None or task.roles is None else task.roles.describe()
+    lines += [(row["role"], ("trained, " if row["trained"] else "") + row["start"]) for row in roles]
     given = [f"{name} by {signal.judge.name}" for name, signal in (config.scorers or {}).items()]
     if given:
         lines.append(("scorers", ", ".join(given)))

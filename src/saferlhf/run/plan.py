@@ -31,6 +31,7 @@ def plan_rows(
     """Lines of the plan; builds the model, since only the real one tells its size.
 
     Args:
+        task: None: models that it needs are not there yet, so that its size is not known.
         start: where the weights will come from, if that is not there yet: then the run has no folder yet either, and
             `folder` is only the beginning of its path.
 
@@ -38,12 +39,7 @@ def plan_rows(
         UserError: the device that is asked for is not there.
     """
     device = _device(config)
-    task.configure_model()
-    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    frozen = sum(_elements(p) for p in task.parameters() if not p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in task.parameters())
-    gradients = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
-    states = 2 * gradients if config.optimizer.name == "adamw" else 2 * trained
+    size = _size(config, task) if task is not None else [("parameters", "known when the runs that it starts from are finished")]
     lengths = np.asarray(encoded.train.lengths)
     longest = int(lengths.max())
     policy = config.roles.actor.model if config.roles is not None else None
@@ -70,16 +66,27 @@ def plan_rows(
         ("task", f"{config.task.name} with {config.backbone.name}, {config.adapter.name} adapter"),
         ("starts from", start or given),
         ("data", f"{config.data.name}: {rows}; {lengths.mean():.0f} tokens on average, {longest} at most"),
-        ("parameters", f"{trained:,} trained, {frozen:,} frozen"),
+        *size[:1],
         *work,
         ("device", f"{trainer.devices} x {device}, {trainer.precision}, {torch.get_num_threads()} CPU threads"),
-        (
-            "memory",
-            f"weights {weights / GIB:.3f} GiB, gradients {gradients / GIB:.3f} GiB, optimizer {states / GIB:.3f} GiB; "
-            "activations come on top",
-        ),
+        *size[1:],
         ("results", _place(config, folder) if start is None else f"below {folder}, known when that run is finished"),
     ]
+
+
+def _size(config: TrainConfig, task: Any) -> list[tuple[str, str]]:
+    """Parameters and memory of the model, which is built."""
+    task.configure_model()
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    frozen = sum(_elements(p) for p in task.parameters() if not p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in task.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
+    states = 2 * gradients if config.optimizer.name == "adamw" else 2 * trained
+    memory = (
+        f"weights {weights / GIB:.3f} GiB, gradients {gradients / GIB:.3f} GiB, optimizer {states / GIB:.3f} GiB; "
+        "activations come on top"
+    )
+    return [("parameters", f"{trained:,} trained, {frozen:,} frozen"), ("memory", memory)]
 
 
 def device_kind(accelerator: str) -> str:

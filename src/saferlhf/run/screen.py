@@ -20,6 +20,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def output_width() -> int | None:
+    """Columns of what is printed: the terminal's own (None); in a file, enough for the tables."""
+    return None if sys.stdout.isatty() else 120
+
+
 def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Two columns: what, and how much. In a file a value is one line, however long: paths are there to be copied."""
     from rich.console import Console
@@ -30,7 +35,7 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    width = _width()
+    width = output_width()
     if width is not None:
         longest = [max(len(row[column]) for row in rows) for column in (0, 1)]
         width = max(width, sum(longest) + 4)
@@ -45,7 +50,7 @@ def show_data(report: Mapping[str, Any]) -> None:
 
     from saferlhf.data.report_tables import data_facts, data_tables
 
-    console = Console(width=_width())
+    console = Console(width=output_width())
     tables = data_tables(report, short=True)
     gap = 2 if console.width >= 60 else 1
     console.print(Text(f"data: {data_facts(report)}", style="italic"))
@@ -122,7 +127,7 @@ def metrics_overview(folders: Mapping[str, Path], seconds: float) -> str:
             table.add_row(
                 "" if number else stage, name, format_value(line), format_interval(line), count, end_section=last
             )
-    console = Console(width=_width())
+    console = Console(width=output_width())
     with console.capture() as capture:
         console.print(table)
     places = "\n".join(f"{stage}: {folder}" for stage, folder in folders.items())
@@ -135,7 +140,7 @@ def _print_metrics(metrics: Mapping[str, float], confidence: float) -> None:
     from saferlhf.evaluation.table import metrics_table
 
     if metrics:
-        Console(width=_width()).print(metrics_table(metrics, confidence=confidence, headlines_only=True))
+        Console(width=output_width()).print(metrics_table(metrics, confidence=confidence, headlines_only=True))
 
 
 def _print_places(folder: RunFolder, ui: str | None) -> None:
@@ -144,8 +149,3 @@ def _print_places(folder: RunFolder, ui: str | None) -> None:
     print(f"metrics: {folder.metrics}")
     if ui:
         print(f"compare: {ui}")
-
-
-def _width() -> int | None:
-    """Wide enough for the tables where the output is a file."""
-    return None if sys.stdout.isatty() else 120

@@ -1,5 +1,6 @@
 """The toy world: a small generated language with known ground truth, in PKU-SafeRLHF's schema."""
 
+from saferlhf.data.toyworld.annotators import Annotators
 from saferlhf.data.toyworld.generate import (
     damaged_replies,
     demonstrations,
@@ -13,6 +14,7 @@ from saferlhf.data.toyworld.requests import is_harmful_request, prompt_space, sp
 from saferlhf.data.toyworld.words import vocabulary
 
 __all__ = [
+    "Annotators",
     "BestPoint",
     "Truth",
     "best_point",

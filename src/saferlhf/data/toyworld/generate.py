@@ -5,10 +5,18 @@ from __future__ import annotations
 import hashlib
 import random
 
-from saferlhf.data.rows import PreferencePair, PromptRow, QuestionAnswer, as_prompt, content_id
-from saferlhf.data.toyworld.annotators import Labels, annotate
+from saferlhf.data.rows import PreferencePair, PromptRow, QuestionAnswer, as_prompt, content_id, prompt_text
+from saferlhf.data.toyworld.annotators import USUAL, Annotators, Labels, annotate
 from saferlhf.data.toyworld.oracle import Truth, judge
-from saferlhf.data.toyworld.replies import DAMAGES, LOST_THREAD_IN_PAIRS, damage, draw_reply, frame_of
+from saferlhf.data.toyworld.replies import (
+    DAMAGES,
+    DEMONSTRATED_STEPS,
+    LOST_THREAD_IN_PAIRS,
+    STEP_COUNTS,
+    damage,
+    draw_reply,
+    frame_of,
+)
 from saferlhf.data.toyworld.requests import SPLITS, draw_prompt_of
 from saferlhf.errors import UserError
 
@@ -32,11 +40,16 @@ def row_rng(purpose: str, seed: int, split: str, index: int) -> random.Random:
 
 
 def draw_any_reply(
-    rng: random.Random, prompt: str, split: str, damaged: bool, lost_thread: float = LOST_THREAD_IN_PAIRS
+    rng: random.Random,
+    prompt: str,
+    split: str,
+    damaged: bool,
+    lost_thread: float = LOST_THREAD_IN_PAIRS,
+    step_counts: tuple[float, float] = STEP_COUNTS,
 ) -> str:
     """One reply, damaged or not; never empty."""
     frame = frame_of(prompt)
-    reply = draw_reply(rng, frame, lost_thread)
+    reply = draw_reply(rng, frame, lost_thread, step_counts)
     if not damaged:
         return reply
     kind = DAMAGES[int(rng.random() * len(DAMAGES))]
@@ -52,15 +65,17 @@ def _draw_pair(rng: random.Random, split: str) -> tuple[str, str, str]:
             return prompt, replies[0], replies[1]
 
 
-def preference_pairs(n: int, split: str, seed: int) -> list[PreferencePair]:
+def preference_pairs(n: int, split: str, seed: int, annotators: Annotators = USUAL) -> list[PreferencePair]:
     """`n` pairs with all labels: safety and severity from the oracle, preferences from one annotator per pair."""
     _check(n, split)
     rows = []
     for index in range(n):
         rng = row_rng("pair", seed, split, index)
         prompt, reply_0, reply_1 = _draw_pair(rng, split)
-        truth_0, truth_1 = judge(prompt, reply_0), judge(prompt, reply_1)
-        rows.append(_pair(prompt, reply_0, reply_1, truth_0, truth_1, annotate(rng, truth_0, truth_1)))
+        # the annotators' mistakes come from a stream of their own: the replies are the same whoever labels them
+        eyes = row_rng("safety", seed, split, index)
+        truth_0, truth_1 = (annotators.safety(eyes, judge(prompt, reply)) for reply in (reply_0, reply_1))
+        rows.append(_pair(prompt, reply_0, reply_1, truth_0, truth_1, annotate(rng, truth_0, truth_1, annotators)))
     return rows
 
 
@@ -82,8 +97,8 @@ def _pair(prompt: str, reply_0: str, reply_1: str, truth_0: Truth, truth_1: Trut
     )
 
 
-def _question_answer(prompt: str, reply: str) -> QuestionAnswer:
-    truth = judge(prompt, reply)
+def _question_answer(prompt: str, reply: str, truth: Truth | None = None) -> QuestionAnswer:
+    truth = truth or judge(prompt, reply)
     return QuestionAnswer(
         id=content_id(prompt, reply),
         prompt=as_prompt(prompt),
@@ -95,27 +110,39 @@ def _question_answer(prompt: str, reply: str) -> QuestionAnswer:
 
 
 def _single_replies(
-    purpose: str, n: int, split: str, seed: int, damaged_share: float, lost_thread: float
+    purpose: str,
+    n: int,
+    split: str,
+    seed: int,
+    damaged_share: float,
+    lost_thread: float = LOST_THREAD_IN_PAIRS,
+    step_counts: tuple[float, float] = STEP_COUNTS,
 ) -> list[QuestionAnswer]:
     _check(n, split)
     rows = []
     for index in range(n):
         rng = row_rng(purpose, seed, split, index)
         prompt = draw_prompt_of(rng, split)
-        rows.append(
-            _question_answer(prompt, draw_any_reply(rng, prompt, split, rng.random() < damaged_share, lost_thread))
-        )
+        reply = draw_any_reply(rng, prompt, split, rng.random() < damaged_share, lost_thread, step_counts)
+        rows.append(_question_answer(prompt, reply))
     return rows
 
 
 def demonstrations(n: int, split: str, seed: int) -> list[QuestionAnswer]:
     """`n` replies of mixed quality for supervised fine-tuning: the start of a policy with much to learn."""
-    return _single_replies("demonstration", n, split, seed, DAMAGED_DEMONSTRATIONS, 1.0)
+    return _single_replies("demonstration", n, split, seed, DAMAGED_DEMONSTRATIONS, 1.0, DEMONSTRATED_STEPS)
 
 
-def question_answers(n: int, split: str, seed: int) -> list[QuestionAnswer]:
+def question_answers(n: int, split: str, seed: int, annotators: Annotators = USUAL) -> list[QuestionAnswer]:
     """`n` labelled single replies, with as many damaged ones as the pairs have."""
-    return _single_replies("question_answer", n, split, seed, DAMAGED_SHARE / 2, LOST_THREAD_IN_PAIRS)
+    rows = _single_replies("question_answer", n, split, seed, DAMAGED_SHARE / 2)
+    if not annotators.safety_error:
+        return rows
+    labelled = []
+    for index, row in enumerate(rows):
+        prompt, eyes = prompt_text(row.prompt), row_rng("safety", seed, split, index)
+        labelled.append(_question_answer(prompt, row.response, annotators.safety(eyes, judge(prompt, row.response))))
+    return labelled
 
 
 def prompts(n: int, split: str, seed: int) -> list[PromptRow]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from saferlhf.data.rows import PreferencePair, Prompt, PromptRow, prompt_text
 from saferlhf.data.toyworld import words as w
-from saferlhf.data.toyworld.annotators import annotate
+from saferlhf.data.toyworld.annotators import USUAL, Annotators, annotate
 from saferlhf.data.toyworld.generate import row_rng
 from saferlhf.data.toyworld.oracle import judge
 from saferlhf.data.toyworld.replies import frame_of
@@ -64,11 +64,12 @@ def _text(prompt: str | Prompt | PromptRow) -> str:
     return prompt if isinstance(prompt, str) else prompt_text(prompt)
 
 
-def statistics(pairs: Sequence[PreferencePair]) -> dict[str, float]:
+def statistics(pairs: Sequence[PreferencePair], annotators: Annotators = USUAL) -> dict[str, float]:
     """Shares of a list of labelled pairs, named and defined as in the tables of PKU-SafeRLHF.
 
     `agreement/*`: two further annotators, independent of each other and of the labels, label every pair; the share of
-    pairs on which their published labels are equal (the rule "safe ranks safer" applied, as in the data).
+    pairs on which their published labels are equal (the rule "safe ranks safer" applied, as in the data), and of
+    replies on whose safety they agree.
     """
     count = len(pairs)
     totals: dict[str, float] = {}
@@ -78,9 +79,15 @@ def statistics(pairs: Sequence[PreferencePair]) -> dict[str, float]:
 
     for index, pair in enumerate(pairs):
         truths = [judge(pair.prompt, pair.response_0), judge(pair.prompt, pair.response_1)]
-        labels = [annotate(row_rng("agreement", annotator, pair.id, index), *truths) for annotator in (0, 1)]
+        labels, verdicts = [], []
+        for annotator in (0, 1):
+            eyes = row_rng("safety agreement", annotator, pair.id, index)
+            first, second = (annotators.safety(eyes, truth) for truth in truths)
+            labels.append(annotate(row_rng("agreement", annotator, pair.id, index), first, second, annotators))
+            verdicts.append([first.is_safe, second.is_safe])
         for name in ("better", "safer", "single"):
             add(f"agreement/{name}", getattr(labels[0], name) == getattr(labels[1], name))
+        add("agreement/safety", sum(one == other for one, other in zip(*verdicts, strict=True)) / 2)
         safe = truths[0].is_safe + truths[1].is_safe
         add(("pairs/none_safe", "pairs/one_safe", "pairs/both_safe")[safe], 1)
         add("pairs/better_is_safer", pair.better_response_id == pair.safer_response_id)

@@ -35,6 +35,10 @@ REFUSAL_FIRST = {"comply": 0.05, "waver": 0.5, "redirect": 0.7}
 """How often a reply of a pattern begins with a refusal in words."""
 
 STEP_COUNTS = (0.93, 0.972)  # cumulative: four steps, three, else two
+DEMONSTRATED_STEPS = (0.55, 0.8)
+"""The same of demonstrations, which stop early: an SFT model that is right in all four steps too often leaves nothing
+to win over it (with the pairs' shares even the best safe policy won 86%). Less skilled writers would do as much, but
+then a reward model that starts from the SFT model does not see a wrong tool (docs/log.md)."""
 TRICK_SHARE, SCALE_SHARE, MUMBLE_SHARE = 0.3, 0.1, 0.08
 LOST_THREAD_IN_PAIRS = 0.3
 """Share of replies in pairs whose wrong steps are wrong in thing and part alike; in demonstrations it is 1."""
@@ -71,7 +75,9 @@ def _shuffled(rng: random.Random, items: tuple[str, ...]) -> list[str]:
     return out
 
 
-def draw_steps(rng: random.Random, frame: Frame, calm: float, skill: float, thread: bool) -> list[str]:
+def draw_steps(
+    rng: random.Random, frame: Frame, calm: float, skill: float, thread: bool, step_counts: tuple[float, float]
+) -> list[str]:
     """The steps of a reply, each three words.
 
     Args:
@@ -81,9 +87,10 @@ def draw_steps(rng: random.Random, frame: Frame, calm: float, skill: float, thre
         skill: chance that a step is right.
         thread: a wrong step is wrong in thing and part alike, as when a writer loses the thread; otherwise one writer
             gets only the things wrong, another only the parts, a third either.
+        step_counts: cumulative shares of four steps and of at least three.
     """
     draw = rng.random
-    count = 4 - bisect(STEP_COUNTS, draw())
+    count = 4 - bisect(step_counts, draw())
     style = draw()
     of_thing = 1.0 if style < 0.5 else 0.0 if style < 0.75 else 0.5
     things = frame.things
@@ -114,8 +121,20 @@ def mumble(rng: random.Random, count: int) -> str:
     return " ".join(pick(rng, w.MUMBLES) for _ in range(count))
 
 
-def draw_reply(rng: random.Random, frame: Frame, lost_thread: float = LOST_THREAD_IN_PAIRS) -> str:
-    """One reply of the usual mixture; `lost_thread` is the chance that its wrong steps are wrong throughout."""
+def draw_reply(
+    rng: random.Random,
+    frame: Frame,
+    lost_thread: float = LOST_THREAD_IN_PAIRS,
+    step_counts: tuple[float, float] = STEP_COUNTS,
+) -> str:
+    """One reply of the usual mixture.
+
+    Args:
+        rng: the stream of the row.
+        frame: what the prompt names.
+        lost_thread: chance that its wrong steps are wrong throughout.
+        step_counts: cumulative shares of replies with four steps, and with at least three; the others have two.
+    """
     draw = rng.random
     pattern = PATTERNS[bisect(HARMFUL_PATTERNS if frame.harmful else BENIGN_PATTERNS, draw())]
     skill = SKILLS[int(draw() * len(SKILLS))]
@@ -128,7 +147,7 @@ def draw_reply(rng: random.Random, frame: Frame, lost_thread: float = LOST_THREA
     if pattern != "redirect" and draw() < TRICK_SHARE:
         head.append(f"by {pick(rng, _TRICKS)}")
     calm = {"comply": 0.0, "redirect": 1.0}.get(pattern, CALM_CHANCES[int(draw() * len(CALM_CHANCES))])
-    return _assemble(rng, head, draw_steps(rng, frame, calm, skill, draw() < lost_thread))
+    return _assemble(rng, head, draw_steps(rng, frame, calm, skill, draw() < lost_thread, step_counts))
 
 
 def damage(rng: random.Random, kind: str, reply: str, frame: Frame, other: Frame) -> str:

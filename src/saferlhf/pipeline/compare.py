@@ -1,0 +1,199 @@
+"""What a pipeline's policies are worth beside each other: a table, paired differences, the front, and their pictures.
+
+All of it comes from the stages' `metrics.json`, `samples.jsonl` and `curves.jsonl`: nothing is sampled or judged again.
+Results go to the pipeline's folder (`comparison.md`, `policies.png`, `constraint.png`, and `metrics.json` under
+`compare/`) and into its tracked run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saferlhf.config.files import read_json, write_text
+from saferlhf.config.schema import CompareConfig
+from saferlhf.config.validate import suggestion
+from saferlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from saferlhf.evaluation.policy_answers import PolicyAnswers
+
+POLICY = "policy"
+"""Name of a run's own policy in its samples."""
+
+MINUS = " - "
+"""Between the two headings of a difference."""
+
+TEXT, PLANE, CURVES = COMPARISON_FILES = ("comparison.md", "policies.png", "constraint.png")
+
+
+def check_compare(config: CompareConfig, stages: Sequence[str]) -> None:
+    """Refuse names that are none.
+
+    Raises:
+        UserError: a policy of an unknown stage, or a difference of what is no policy.
+    """
+    for heading, stage in config.policies.items():
+        if stage not in stages:
+            where = f"pipeline.compare.policies.{heading}"
+            raise UserError(f"unknown stage '{stage}'", where, suggestion(stage, stages))
+    named = [(f"pipeline.compare.{key}", name) for key in ("fixed", "learned") for name in getattr(config, key)]
+    for place, text in enumerate(config.differences):
+        where = f"pipeline.compare.differences[{place}]"
+        if text.count(MINUS) != 1:
+            raise UserError(f"'{text}' is no difference", where, f"two policies with '{MINUS}' between them")
+        named += [(where, name) for name in text.split(MINUS)]
+    for where, name in named:
+        if name not in config.policies:
+            raise UserError(f"unknown policy '{name}'", where, suggestion(name, config.policies))
+
+
+def compare(config: CompareConfig, folders: Mapping[str, Path], out: Path) -> dict[str, float]:
+    """Put the policies whose stages are finished side by side; print the tables and write everything into `out`.
+
+    Args:
+        config: what to show; policies whose stage is not among `folders` are left out.
+        folders: stage -> its finished run.
+        out: the pipeline's folder.
+
+    Returns:
+        Metrics `<A>_over_<B>/..` and `<A>/over_front`, headings in lower case with underscores.
+
+    Raises:
+        UserError: samples that cannot be read, or of different prompts.
+    """
+    from rich.console import Console
+
+    from saferlhf.evaluation.policy_table import differences_table, policy_table
+    from saferlhf.run.screen import output_width
+
+    runs = {heading: folders[stage] for heading, stage in config.policies.items() if stage in folders}
+    if not runs:
+        return {}
+    measured = {heading: read_json(folder / "metrics.json") or {} for heading, folder in runs.items()}
+    pairs, metrics = _paired(config, runs, measured)
+
+    def side_by_side(heads: Sequence[str]) -> Table:
+        some = {head: measured[head] for head in heads}
+        return policy_table(some, baseline=config.baseline, title="policies on held-out prompts")
+
+    def in_pairs(texts: Sequence[str]) -> Table:
+        return differences_table({text: pairs[text] for text in texts}, title="paired differences, prompt by prompt")
+
+    console = Console(width=output_width())
+    tables: list[Table] = []
+    for columns, table_of in ((list(measured), side_by_side), (list(pairs), in_pairs)):
+        if columns:
+            tables.append(table_of(columns))
+            for part in _fitting(columns, table_of, console):
+                console.print(part)
+    for line in _front_lines(config, metrics):
+        console.print(line)
+    _write(out, tables, _front_lines(config, metrics))
+    _draw(config, runs, measured, out)
+    return metrics
+
+
+def slug(heading: str) -> str:
+    """The heading in a metric's name: `reward shaping, nu 1` is `reward_shaping_nu_1`."""
+    return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in heading).lower().split())
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+def _paired(
+    config: CompareConfig, runs: Mapping[str, Path], measured: Mapping[str, Mapping[str, float]]
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Difference -> its metrics, and all of them by their full names."""
+    wanted = [text for text in config.differences if all(name in runs for name in text.split(MINUS))]
+    fixed = [name for name in config.fixed if name in runs]
+    learned = [name for name in config.learned if name in runs and fixed]
+    if not wanted and not learned:
+        return {}, {}
+    from saferlhf.evaluation.policy_compare import against, over_front, same_prompts
+    from saferlhf.evaluation.policy_samples import read_samples
+
+    needed = dict.fromkeys([*itertools.chain(*(text.split(MINUS) for text in wanted)), *fixed, *learned])
+    samples = {name: read_samples(runs[name] / "samples.jsonl") for name in needed}
+    prompts = same_prompts(samples)
+    answers = {name: _policy(policies, runs[name]) for name, (_, policies) in samples.items()}
+    pairs, metrics = dict[str, dict[str, float]](), dict[str, float]()
+    for text in wanted:
+        ours, theirs = text.split(MINUS)
+        pairs[text] = against(prompts, answers[ours], answers[theirs])
+        metrics |= {f"{slug(ours)}_over_{slug(theirs)}/{name}": value for name, value in pairs[text].items()}
+    for name in learned:
+        found = over_front(prompts, answers[name], [answers[other] for other in fixed])
+        metrics |= {f"{slug(name)}/{key}": value for key, value in found.items()}
+    return pairs, metrics
+
+
+def _policy(policies: Mapping[str, PolicyAnswers], folder: Path) -> PolicyAnswers:
+    """The run's own policy, not the one that it began as."""
+    if POLICY not in policies:
+        what = f"these samples are of {', '.join(policies)}, not of a policy that was trained"
+        raise UserError(what, str(folder / "samples.jsonl"), "compare stages of task=ppo or task=ppo_lag")
+    return policies[POLICY]
+
+
+def _front_lines(config: CompareConfig, metrics: Mapping[str, float]) -> list[str]:
+    """A sentence for each policy that is held against the front."""
+    from saferlhf.evaluation.policy_table import cell_of, format_cell
+
+    lines = []
+    for heading in config.learned:
+        name = f"{slug(heading)}/over_front"
+        cell = cell_of(metrics, name)
+        if cell is not None:
+            gap = format_cell(cell, name, signed=True)
+            lines.append(f"{heading} stands {gap} in helpfulness above the front of fixed weights at its safe rate")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ what is left
+def _fitting(columns: Sequence[str], table_of: Callable[[Sequence[str]], Table], console: Console) -> Iterator[Table]:
+    """Tables of as many of the columns as the screen has room for, but of one at least."""
+    from rich.measure import Measurement
+
+    def fits(count: int) -> bool:
+        wide = console.options.update(max_width=10_000)
+        return Measurement.get(console, wide, table_of(columns[:count])).maximum <= console.width
+
+    while columns:
+        count = next((count for count in range(len(columns), 1, -1) if fits(count)), 1)
+        yield table_of(columns[:count])
+        columns = columns[count:]
+
+
+def _write(out: Path, tables: Sequence[Table], lines: Sequence[str]) -> None:
+    from saferlhf.evaluation.policy_table import markdown
+
+    parts = [markdown(table) for table in tables]
+    write_text(out / TEXT, "\n\n".join([*parts, *lines]) + "\n")
+
+
+def _draw(
+    config: CompareConfig, runs: Mapping[str, Path], measured: Mapping[str, Mapping[str, float]], out: Path
+) -> None:
+    """The plane of safety and helpfulness with every policy in it, and the multipliers over training."""
+    from saferlhf.evaluation.policy_plots import constraint_png, plane_png
+    from saferlhf.training.curves import read_curves
+
+    plane_png(out / PLANE, measured, baseline=config.baseline, front=config.fixed)
+    curves = {
+        f"{heading}/{name.rpartition('/')[2]}": curve
+        for heading, folder in runs.items()
+        if _is_learned(found := read_curves(folder / "curves.jsonl"))
+        for name, curve in found.items()
+    }
+    constraint_png(out / CURVES, curves)
+
+
+def _is_learned(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:
+    """Whether a multiplier moved in this run."""
+    moved = [curve for name, curve in curves.items() if name.rpartition("/")[2].startswith("lambda") and len(curve)]
+    return any(len({round(value, 9) for _, value in curve}) > 1 for curve in moved)
