@@ -39,7 +39,11 @@ def plan_rows(
         UserError: the device that is asked for is not there.
     """
     device = _device(config)
-    size = _size(config, task) if task is not None else [("parameters", "known when the runs that it starts from are finished")]
+    size = (
+        _size(config, task)
+        if task is not None
+        else [("parameters", "known when the runs that it starts from are finished")]
+    )
     lengths = np.asarray(encoded.train.lengths)
     longest = int(lengths.max())
     policy = config.roles.actor.model if config.roles is not None else None
