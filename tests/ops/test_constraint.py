@@ -336,7 +336,7 @@ def test_saturation_and_swing_look_back_on_the_history() -> None:
         found = constraint.update({"cost": [cost]})
     assert found["cost/saturation"] == 0.75
     assert found["cost/at_bound"] == 0.0
-    assert found["cost/lambda_swing"] == pytest.approx(1.5 - 1.5 * math.exp(-0.15))
+    assert found["cost/swing"] == pytest.approx(1.5 - 1.5 * math.exp(-0.15))
 
 
 @pytest.mark.parametrize("kind", ["lagrangian", "pid"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from command_lines import composed, config
 
+from saferlhf.config.files import write_json
 from saferlhf.config.run_folder import RunFolder
 from saferlhf.config.schema import CompareConfig, TrainConfig
 from saferlhf.config.validate import pipeline_config
@@ -24,6 +25,7 @@ from saferlhf.pipeline.compare import check_compare, compare, slug
 from saferlhf.pipeline.stages import Stages
 
 COUNT = 24
+BOOTSTRAP: dict[str, Any] = {"draws": 500, "confidence": 0.95}
 PROMPTS = PromptSet(
     tuple(f"row{i}" for i in range(COUNT)),
     tuple(as_prompt(f"prompt {i}") for i in range(COUNT)),
@@ -82,7 +84,7 @@ def test_tables_numbers_and_pictures(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "pipeline"
-    found = compare(FULL, folders, out)
+    found = compare(FULL, folders, out, **BOOTSTRAP)
     # the front goes from PPO (1/4 safe, 3.0) by nu .5 (1/2, 2.6) to nu 2 (3/4, 1.0); dual is as safe as nu .5
     assert found["dual/over_front"] == pytest.approx(0.3)
     assert found["dual/over_front_low"] <= 0.3 <= found["dual/over_front_high"]
@@ -120,7 +122,7 @@ def test_more_policies_than_the_screen_has_room_for(
     heads = [f"policy {letter}" for letter in "ABCDEFGHI"]
     pairs = [f"{head} - policy A" for head in heads[1:]]
     config = CompareConfig(policies=dict.fromkeys(heads, "ppo"), baseline="SFT", differences=pairs)
-    compare(config, folders, tmp_path / "out")
+    compare(config, folders, tmp_path / "out", **BOOTSTRAP)
     said = capsys.readouterr().out
     lines = said.splitlines()
     assert "…" not in said and max(map(len, lines)) <= 120
@@ -141,7 +143,7 @@ def test_the_constraint_is_drawn_for_multipliers_that_moved(
 
     drawn: list[dict[str, Any]] = []
     monkeypatch.setattr(policy_plots, "constraint_png", lambda path, curves: drawn.append(curves))
-    compare(CompareConfig(policies=FULL.policies), folders, tmp_path / "out")
+    compare(CompareConfig(policies=FULL.policies), folders, tmp_path / "out", **BOOTSTRAP)
     assert drawn == [
         {
             "dual/lambda": [(0, 1.0), (1, 1.5), (2, 0.75)],
@@ -151,26 +153,30 @@ def test_the_constraint_is_drawn_for_multipliers_that_moved(
 
 
 def test_no_picture_of_a_constraint_that_does_not_move(folders: dict[str, Path], tmp_path: Path) -> None:
-    compare(CompareConfig(policies={"PPO": "ppo"}), folders, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.md", "policies.png"}
+    compare(CompareConfig(policies={"PPO": "ppo"}), folders, tmp_path / "out", **BOOTSTRAP)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "comparison.md",
+        "comparison.txt",
+        "policies.png",
+    }
 
 
 def test_stages_that_are_not_there_are_left_out(folders: dict[str, Path], tmp_path: Path) -> None:
     some = {stage: folders[stage] for stage in ("ppo", "ppo_lag")}
-    found = compare(FULL, some, tmp_path / "some")
+    found = compare(FULL, some, tmp_path / "some", **BOOTSTRAP)
     assert {name.partition("/")[0] for name in found} == {"dual", "dual_over_ppo"}
     # a front of one point: PPO is 3.0 high and less safe, and dual 2.9
     assert found["dual/over_front"] == pytest.approx(-0.1)
     assert "|  | SFT | PPO | dual |" in (tmp_path / "some" / "comparison.md").read_text()
     # no policy with a fixed weight, no front
     config = CompareConfig(policies=FULL.policies, fixed=["nu .5"], learned=["dual"])
-    assert compare(config, some, tmp_path / "none") == {}
+    assert compare(config, some, tmp_path / "none", **BOOTSTRAP) == {}
     assert "stands" not in (tmp_path / "none" / "comparison.md").read_text()
 
 
 def test_nothing_to_compare(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare(FULL, {"sft": folders["ppo"]}, tmp_path / "out") == {}
-    assert compare(CompareConfig(), folders, tmp_path / "out") == {}
+    assert compare(FULL, {"sft": folders["ppo"]}, tmp_path / "out", **BOOTSTRAP) == {}
+    assert compare(CompareConfig(), folders, tmp_path / "out", **BOOTSTRAP) == {}
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out == ""
 
@@ -178,23 +184,23 @@ def test_nothing_to_compare(folders: dict[str, Path], tmp_path: Path, capsys: py
 def test_without_differences_no_samples_are_needed(folders: dict[str, Path], tmp_path: Path) -> None:
     (folders["ppo"] / "samples.jsonl").unlink()
     config = CompareConfig(policies=FULL.policies, differences=["dual - nu .5"])
-    assert "dual_over_nu_.5/helpful_win_rate" in compare(config, folders, tmp_path / "out")
+    assert "dual_over_nu_.5/helpful_win_rate" in compare(config, folders, tmp_path / "out", **BOOTSTRAP)
     with pytest.raises(UserError, match="no samples can be read"):
-        compare(FULL, folders, tmp_path / "out")
+        compare(FULL, folders, tmp_path / "out", **BOOTSTRAP)
 
 
 def test_policies_that_answered_different_prompts(folders: dict[str, Path], tmp_path: Path) -> None:
     others = PromptSet(tuple(f"other{i}" for i in range(COUNT)), PROMPTS.prompts, PROMPTS.harmful)
     folders["ppo"] = folder_of(tmp_path / "elsewhere", POLICIES["ppo"], [], others)
     with pytest.raises(UserError, match="dual and PPO answered different prompts") as caught:
-        compare(FULL, folders, tmp_path / "out")
+        compare(FULL, folders, tmp_path / "out", **BOOTSTRAP)
     assert "\n" not in str(caught.value)
 
 
 def test_samples_of_something_else(folders: dict[str, Path], tmp_path: Path) -> None:
     folders["ppo"] = folder_of(tmp_path / "sft", POLICIES["ppo"], [], name="demonstrations")
     with pytest.raises(UserError, match="samples are of demonstrations, baseline, not of a policy") as caught:
-        compare(FULL, folders, tmp_path / "out")
+        compare(FULL, folders, tmp_path / "out", **BOOTSTRAP)
     assert caught.value.where == str(folders["ppo"] / "samples.jsonl")
 
 
@@ -232,6 +238,10 @@ def test_headings_in_names(heading: str, name: str) -> None:
             "unknown policy 'ppo' (in pipeline.compare.differences[0]); known: PPO, dual",
         ),
         ({"differences": [" - dual"]}, "unknown policy ''"),
+        (
+            {"policies": {"PPO": "ppo", "dual": "ppo_lag", "Dual": "ppo"}},
+            "'dual' and 'Dual' would have the same names in metrics (in pipeline.compare.policies)",
+        ),
     ],
 )
 def test_names_that_are_none(changes: dict[str, Any], says: str) -> None:
@@ -265,16 +275,30 @@ class Logged:
         self.artifacts.append(path.name)
 
 
-def test_the_comparison_is_in_the_pipelines_folder_and_run(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_comparison_is_in_the_pipelines_folder_and_run(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = [SimpleNamespace(name=name) for name in ("ppo", "ppo_lag")]
     config = CompareConfig(policies={"PPO": "ppo", "dual": "ppo_lag"}, differences=["dual - PPO"])
-    stages: Any = SimpleNamespace(asked=asked, pipeline=SimpleNamespace(compare=config))
+    evaluation = SimpleNamespace(bootstrap_draws=500, confidence=0.95)
+    configs = {name: SimpleNamespace(evaluation=evaluation) for name in ("ppo", "ppo_lag")}
+    stages: Any = SimpleNamespace(asked=asked, pipeline=SimpleNamespace(compare=config), configs=configs)
     summary = RunFolder(tmp_path / "pipeline")
     metrics = runner._summary(stages, folders, summary)
     assert json.loads(summary.metrics.read_text()) == metrics
     own = json.loads((folders["ppo"] / "metrics.json").read_text())
     assert metrics["ppo/policy/safe_rate"] == own["policy/safe_rate"] == 0.25
     assert metrics["compare/dual_over_ppo/difference/safe_rate"] == pytest.approx(0.25)
+
+    # called again, the same is printed without being worked out anew; after a change of places it is
+    printed = capsys.readouterr().out
+    summary.update_status(stages={name: str(path) for name, path in folders.items()})
+    monkeypatch.setattr(runner, "compare", lambda *_, **__: {"anew": 1.0})
+    assert runner._summary(stages, folders, summary) == metrics
+    assert capsys.readouterr().out.split() == printed.split()
+    summary.update_status(stages={"ppo": "elsewhere"})
+    assert runner._summary(stages, folders, summary)["compare/anew"] == 1.0
+    write_json(summary.metrics, metrics)
 
     parent: Any = runner._Parent.__new__(runner._Parent)
     parent._summary, parent._logger = summary, None

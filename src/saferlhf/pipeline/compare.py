@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saferlhf.config.files import read_json, write_text
 from saferlhf.config.schema import CompareConfig
@@ -30,6 +30,8 @@ MINUS = " - "
 """Between the two headings of a difference."""
 
 TEXT, PLANE, CURVES = COMPARISON_FILES = ("comparison.md", "policies.png", "constraint.png")
+SCREEN = "comparison.txt"
+"""What was printed, to be printed again where nothing changed."""
 
 
 def check_compare(config: CompareConfig, stages: Sequence[str]) -> None:
@@ -48,18 +50,32 @@ def check_compare(config: CompareConfig, stages: Sequence[str]) -> None:
         if text.count(MINUS) != 1:
             raise UserError(f"'{text}' is no difference", where, f"two policies with '{MINUS}' between them")
         named += [(where, name) for name in text.split(MINUS)]
+    slugs: dict[str, str] = {}
+    for heading in config.policies:
+        other = slugs.setdefault(slug(heading), heading)
+        if other != heading:
+            what = f"'{other}' and '{heading}' would have the same names in metrics"
+            raise UserError(what, "pipeline.compare.policies", "change a letter or a digit of one of them")
     for where, name in named:
         if name not in config.policies:
             raise UserError(f"unknown policy '{name}'", where, suggestion(name, config.policies))
 
 
-def compare(config: CompareConfig, folders: Mapping[str, Path], out: Path) -> dict[str, float]:
+def compare(
+    config: CompareConfig,
+    folders: Mapping[str, Path],
+    out: Path,
+    *,
+    draws: int,
+    confidence: float,
+) -> dict[str, float]:
     """Put the policies whose stages are finished side by side; print the tables and write everything into `out`.
 
     Args:
         config: what to show; policies whose stage is not among `folders` are left out.
         folders: stage -> its finished run.
         out: the pipeline's folder.
+        draws, confidence: of the bootstrap intervals of paired differences.
 
     Returns:
         Metrics `<A>_over_<B>/..` and `<A>/over_front`, headings in lower case with underscores.
@@ -76,7 +92,7 @@ def compare(config: CompareConfig, folders: Mapping[str, Path], out: Path) -> di
     if not runs:
         return {}
     measured = {heading: read_json(folder / "metrics.json") or {} for heading, folder in runs.items()}
-    pairs, metrics = _paired(config, runs, measured)
+    pairs, metrics = _paired(config, runs, draws=draws, confidence=confidence)
 
     def side_by_side(heads: Sequence[str]) -> Table:
         some = {head: measured[head] for head in heads}
@@ -85,7 +101,7 @@ def compare(config: CompareConfig, folders: Mapping[str, Path], out: Path) -> di
     def in_pairs(texts: Sequence[str]) -> Table:
         return differences_table({text: pairs[text] for text in texts}, title="paired differences, prompt by prompt")
 
-    console = Console(width=output_width())
+    console = Console(width=output_width(), record=True)
     tables: list[Table] = []
     for columns, table_of in ((list(measured), side_by_side), (list(pairs), in_pairs)):
         if columns:
@@ -94,6 +110,7 @@ def compare(config: CompareConfig, folders: Mapping[str, Path], out: Path) -> di
                 console.print(part)
     for line in _front_lines(config, metrics):
         console.print(line)
+    write_text(out / SCREEN, console.export_text())
     _write(out, tables, _front_lines(config, metrics))
     _draw(config, runs, measured, out)
     return metrics
@@ -106,7 +123,7 @@ def slug(heading: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ numbers
 def _paired(
-    config: CompareConfig, runs: Mapping[str, Path], measured: Mapping[str, Mapping[str, float]]
+    config: CompareConfig, runs: Mapping[str, Path], **bootstrap: Any
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Difference -> its metrics, and all of them by their full names."""
     wanted = [text for text in config.differences if all(name in runs for name in text.split(MINUS))]
@@ -124,10 +141,10 @@ def _paired(
     pairs, metrics = dict[str, dict[str, float]](), dict[str, float]()
     for text in wanted:
         ours, theirs = text.split(MINUS)
-        pairs[text] = against(prompts, answers[ours], answers[theirs])
+        pairs[text] = against(prompts, answers[ours], answers[theirs], **bootstrap)
         metrics |= {f"{slug(ours)}_over_{slug(theirs)}/{name}": value for name, value in pairs[text].items()}
     for name in learned:
-        found = over_front(prompts, answers[name], [answers[other] for other in fixed])
+        found = over_front(prompts, answers[name], [answers[other] for other in fixed], **bootstrap)
         metrics |= {f"{slug(name)}/{key}": value for key, value in found.items()}
     return pairs, metrics
 

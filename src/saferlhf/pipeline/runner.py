@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from saferlhf.config.identity import identity_tree, run_hash
 from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
 from saferlhf.config.schema import TrainConfig
 from saferlhf.errors import UserError
-from saferlhf.pipeline.compare import COMPARISON_FILES, compare
+from saferlhf.pipeline.compare import COMPARISON_FILES, SCREEN, compare
 from saferlhf.pipeline.launcher import Job, JobResult, cpu_share, last_words, launch
 from saferlhf.pipeline.screen import StageScreen
 from saferlhf.pipeline.stages import Stage, Stages
@@ -91,10 +92,26 @@ def _summary(stages: Stages, folders: Mapping[str, Path], summary: RunFolder) ->
     """The numbers of all stages and of their comparison, which is printed; `metrics.json` of the pipeline's folder."""
     found = {stage.name: read_json(folders[stage.name] / "metrics.json") or {} for stage in stages.asked}
     metrics = {f"{stage}/{name}": value for stage, values in found.items() for name, value in values.items()}
-    compared = compare(stages.pipeline.compare, folders, summary.path)
-    metrics |= {f"compare/{name}": value for name, value in compared.items()}
+    metrics |= {f"compare/{name}": value for name, value in _compared(stages, folders, summary).items()}
     write_json(summary.metrics, metrics)
     return metrics
+
+
+def _compared(stages: Stages, folders: Mapping[str, Path], summary: RunFolder) -> dict[str, float]:
+    """The comparison of the stages' policies, printed; taken from an earlier call where nothing changed since."""
+    places = {name: str(path) for name, path in folders.items()}
+    screen, earlier = summary.path / SCREEN, read_json(summary.metrics)
+    if earlier is not None and screen.is_file() and summary.status().get("stages") == places:
+        print(screen.read_text(), end="")
+        return {name.removeprefix("compare/"): v for name, v in earlier.items() if name.startswith("compare/")}
+    evaluation = stages.configs[stages.asked[-1].name].evaluation
+    return compare(
+        stages.pipeline.compare,
+        folders,
+        summary.path,
+        draws=evaluation.bootstrap_draws,
+        confidence=evaluation.confidence,
+    )
 
 
 class _Jobs:
@@ -145,7 +162,8 @@ def _pipeline_hash(stages: Stages) -> str:
     """Of what the stages are and which were asked for; paths enter as they stand, since it only keeps logs apart."""
     trees = {name: identity_tree(config, lambda _, value: value) for name, config in stages.configs.items()}
     inputs = {stage.name: stage.definition.inputs for stage in stages.asked}
-    return run_hash({"pipeline": stages.pipeline.name, "stages": trees, "inputs": inputs})
+    compared = asdict(stages.pipeline.compare)
+    return run_hash({"pipeline": stages.pipeline.name, "stages": trees, "inputs": inputs, "compare": compared})
 
 
 def _failure(results: dict[str, JobResult], summary: RunFolder) -> PipelineFailed:

@@ -89,7 +89,7 @@ class Constraint:
             violated); `oscillation` (share of neighbouring rollouts between which the gap changed sign, of those
             looked back on: near 1 = swings every time); `violating_prompts` (share of prompts whose mean cost is above
             the threshold); `unscored` (responses); and of a learned multiplier `lambda`, `at_bound` (-1 lower, 1 upper,
-            0 between), `saturation` (share of rollouts at a bound), `lambda_swing` (largest less smallest). What
+            0 between), `saturation` (share of rollouts at a bound), `swing` (largest less smallest). What
             cannot be said, as nothing was scored, is left out.
         """
         if set(costs) != set(self.names):

@@ -135,7 +135,7 @@ class Multiplier(Constraint, ABC):
             "lambda": self._lambda[name],
             "at_bound": float(sides[-1]),
             "saturation": sum(map(abs, sides)) / len(sides),
-            "lambda_swing": max(past) - min(past),
+            "swing": max(past) - min(past),
         }
 
     def _side(self, name: str, value: float) -> int:
