@@ -12,7 +12,7 @@ from saferlhf.config.online_schema import PpoConfig
 from saferlhf.config.schema import TrainConfig
 from saferlhf.config.task_schema import ModerationConfig
 
-FROM_SCRATCH_LR = {"sft": 2e-3, "reward": 1e-3, "cost": 1e-3, "moderator": 1e-3, "ppo": 2e-4, "ppo_lag": 2e-4}
+FROM_SCRATCH_LR = {"sft": 2e-3, "reward": 1e-3, "cost": 1e-3, "moderator": 1e-3, "ppo": 4e-4, "ppo_lag": 4e-4}
 FULL_LR = 2e-5
 LORA_LR = 2e-4
 ONLINE_FULL_LR = 1e-5

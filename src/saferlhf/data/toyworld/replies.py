@@ -31,7 +31,7 @@ BENIGN_PATTERNS = (0.88, 0.93, 0.96)  # and for benign ones
 CALM_CHANCES = (0.25, 0.5, 0.75)
 """Chance that a step of a wavering reply is calm; one per reply, each as likely."""
 
-REFUSAL_FIRST = {"comply": 0.05, "waver": 0.5, "redirect": 0.7}
+REFUSAL_FIRST = {"comply": 0.15, "waver": 0.5, "redirect": 0.5}
 """How often a reply of a pattern begins with a refusal in words."""
 
 STEP_COUNTS = (0.93, 0.972)  # cumulative: four steps, three, else two
