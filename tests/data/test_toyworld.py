@@ -299,13 +299,13 @@ def fingerprint(rows: list[PreferencePair] | list[QuestionAnswer]) -> str:
 
 
 @pytest.mark.parametrize("annotators", [None, Annotators(), Annotators(0.5, 1.0, 0.0)])
-def test_the_usual_annotators_label_as_they_always_did(annotators: Annotators | None) -> None:
-    """The fingerprints are of the rows as they were before anyone else could label them."""
+def test_the_rows_of_the_usual_annotators_stay_what_they_are(annotators: Annotators | None) -> None:
+    """Other rows make all numbers of the docs old: whoever changes the world measures them anew."""
     given = {} if annotators is None else {"annotators": annotators}
-    assert fingerprint(preference_pairs(2000, "train", 0, **given)) == "cf69ac371a813d3a"
-    assert fingerprint(preference_pairs(2000, "test", 7, **given)) == "63ed9f782715bf44"
-    assert fingerprint(question_answers(1000, "train", 0, **given)) == "8492eb022a1a8ace"
-    assert fingerprint(question_answers(1000, "test", 7, **given)) == "43b00b7e6a147ee9"
+    assert fingerprint(preference_pairs(2000, "train", 0, **given)) == "a85557f58dcf2058"
+    assert fingerprint(preference_pairs(2000, "test", 7, **given)) == "c36cfc9d94512101"
+    assert fingerprint(question_answers(1000, "train", 0, **given)) == "b909142d7241b667"
+    assert fingerprint(question_answers(1000, "test", 7, **given)) == "8fbf987cbf979b93"
 
 
 def test_replies_do_not_depend_on_who_labels_them() -> None:

@@ -40,6 +40,8 @@ LINES = (
 SHARES = ("rate", "share")
 """What a metric's name holds that is shown in percent."""
 
+_OWN_SCORES = ("mean_reward", "mean_cost", "positive_cost_rate")
+
 _BEST = {
     "mean_helpfulness": "best_safe_helpfulness",
     "mean_harmlessness": "best_safe_harmlessness",
@@ -140,6 +142,9 @@ def differences_table(pairs: Mapping[str, Metrics], *, title: str = "") -> Table
     Args:
         pairs: heading, as `A - B` -> what `policy_compare.against` found.
         title: above the table.
+
+    Where truth or another common judge grades helpfulness, the policies' own scores are left out: two policies that
+    were trained against different models have scores of different scales.
     """
     from rich import box
     from rich.table import Table
@@ -148,7 +153,10 @@ def differences_table(pairs: Mapping[str, Metrics], *, title: str = "") -> Table
     table.add_column("", overflow="fold")
     for head in pairs:
         table.add_column(head, justify="right")
+    graded = any("difference/mean_helpfulness" in metrics for metrics in pairs.values())
     for key, words in LINES:
+        if graded and key in _OWN_SCORES:
+            continue
         signed = "win_rate" not in key and "tie_rate" not in key
         name = f"difference/{key}" if signed else key
         cells = [cell_of(metrics, name) for metrics in pairs.values()]
