@@ -286,9 +286,11 @@ def test_differences_as_a_table() -> None:
         "helpfulness wins 70.0% [65.0, 75.0] 40.0%",
         "ties among them 10.0%",
         "helpfulness -0.50",
-        "cost +2.00",
         "safe responses +12.5 [-1.0, +26.0]",
     ]
+    # own scores are shown where nothing else grades the policies
+    own = {"dual - nu 1": PAIRS["dual - nu 1"]}
+    assert "cost +2.00" in shown(differences_table(own))
 
 
 def test_a_table_as_markdown() -> None:
@@ -300,7 +302,6 @@ def test_a_table_as_markdown() -> None:
         "| helpfulness wins | 70.0% [65.0, 75.0] | 40.0% |",
         "| ties among them | 10.0% |  |",
         "| helpfulness | -0.50 |  |",
-        "| cost |  | +2.00 |",
         "| safe responses | +12.5 [-1.0, +26.0] |  |",
     ]
 

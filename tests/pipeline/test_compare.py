@@ -21,7 +21,7 @@ from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet
 from saferlhf.evaluation.policy_metrics import policy_metrics
 from saferlhf.evaluation.policy_samples import sample_lines
 from saferlhf.pipeline import runner
-from saferlhf.pipeline.compare import check_compare, compare, slug
+from saferlhf.pipeline.compare import check_compare, compare, slug, thresholds_of
 from saferlhf.pipeline.stages import Stages
 
 COUNT = 24
@@ -141,15 +141,30 @@ def test_the_constraint_is_drawn_for_multipliers_that_moved(
 ) -> None:
     from saferlhf.evaluation import policy_plots
 
-    drawn: list[dict[str, Any]] = []
-    monkeypatch.setattr(policy_plots, "constraint_png", lambda path, curves: drawn.append(curves))
+    drawn: list[Any] = []
+    for stage, level in (("ppo", 7.0), ("ppo_lag", -1.0)):
+        (folders[stage] / "config.yaml").write_text(f"constraint: {{threshold: {level}}}\n")
+    monkeypatch.setattr(policy_plots, "constraint_png", lambda path, curves, levels: drawn.append((curves, levels)))
     compare(CompareConfig(policies=FULL.policies), folders, tmp_path / "out", **BOOTSTRAP)
     assert drawn == [
-        {
-            "dual/lambda": [(0, 1.0), (1, 1.5), (2, 0.75)],
-            "dual/mean_cost": [(0, 0.5), (1, 0.5), (2, 0.5)],
-        }
+        (
+            {
+                "dual/lambda": [(0, 1.0), (1, 1.5), (2, 0.75)],
+                "dual/mean_cost": [(0, 0.5), (1, 0.5), (2, 0.5)],
+            },
+            [-1.0],
+        )
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [("constraint: {threshold: {a: 1, b: -2}}", [1.0, -2.0]), ("constraint: null", []), ("seed: 1", []), (None, [])],
+)
+def test_thresholds_of_a_run(tmp_path: Path, text: str | None, levels: list[float]) -> None:
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    assert thresholds_of(tmp_path) == levels
 
 
 def test_no_picture_of_a_constraint_that_does_not_move(folders: dict[str, Path], tmp_path: Path) -> None:

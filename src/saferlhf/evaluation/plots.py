@@ -95,8 +95,14 @@ def histogram_svg(histogram: Histogram) -> str:
     return to_svg(figure, histogram.title)
 
 
-def curves_svg(title: str, series: Mapping[str, Curve]) -> str:
-    """One panel with up to four curves over steps; long noisy ones are faint with a running mean on top."""
+def curves_svg(title: str, series: Mapping[str, Curve], step: str = "optimizer step") -> str:
+    """One panel with up to four curves over steps; long noisy ones are faint with a running mean on top.
+
+    Args:
+        title: of the panel.
+        series: label -> [(step, value)].
+        step: what a step is, below the axis.
+    """
     figure, axes = panel()
     for place, (label, curve) in enumerate(series.items()):
         points = np.asarray(list(curve), dtype=np.float64).reshape(-1, 2)
@@ -112,7 +118,7 @@ def curves_svg(title: str, series: Mapping[str, Curve]) -> str:
             if len(points) <= 30:
                 style |= {"marker": "o", "markersize": 3.5}
         axes.plot(shown[:, 0], shown[:, 1], linewidth=1.6, linestyle=dash, **style)
-    axes.set_xlabel("optimizer step")
+    axes.set_xlabel(step)
     legend(axes, always=True)
     return to_svg(figure, title)
 

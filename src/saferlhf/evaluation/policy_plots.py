@@ -20,6 +20,9 @@ from saferlhf.evaluation.policy_metrics import BASELINE
 
 Floats = NDArray[np.float64]
 
+SCATTER, CURVES = "reward_cost.png", "constraint.png"
+"""Names of the pictures of one policy in its folder."""
+
 PLANES = (("reward", "cost"), ("helpfulness", "harmlessness"))
 """What is drawn against each other, the first pair that judges give."""
 
@@ -204,7 +207,7 @@ def constraint_png(path: Path, curves: Mapping[str, Curve], thresholds: Sequence
             axes.spines[side].set_visible(False)
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8)
-    plots[-1].set_xlabel("step")
+    plots[-1].set_xlabel("rollout")
     _save(figure, path)
     return True
 

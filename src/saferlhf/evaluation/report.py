@@ -36,6 +36,7 @@ def write_report(
     subtitle: str = "",
     data_report: Mapping[str, Any] | None = None,
     curves: Mapping[str, Curve] | None = None,
+    step: str = "optimizer step",
     histograms: Sequence[Histogram | str] = (),
     lineage: Mapping[str, Any] | None = None,
     commands: Sequence[str] = (),
@@ -51,6 +52,7 @@ def write_report(
         subtitle: one line under the title.
         data_report: as in `data_report.json`, nested.
         curves: name -> [(step, value)]; names that end alike share a panel.
+        step: what a step of the curves is.
         histograms: `plots.score_histograms(...)` or any others; a text is a finished drawing, as
             `moderation_plots.moderation_drawings(...)` makes them.
         lineage: where the run comes from: run identity, parent models, commit, seeds, versions.
@@ -59,7 +61,7 @@ def write_report(
     """
     sections = [
         _verdict(metrics, confidence),
-        _figures("Training", [curves_svg(name, series) for name, series in curve_panels(curves or {}).items()]),
+        _figures("Training", [curves_svg(name, series, step) for name, series in curve_panels(curves or {}).items()]),
         _figures("Scores", [h if isinstance(h, str) else histogram_svg(h) for h in histograms]),
         _metric_section(metrics, confidence),
         data_section(data_report) if data_report and "findings" in data_report else _pairs_section("Data", data_report),

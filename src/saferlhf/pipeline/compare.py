@@ -201,13 +201,20 @@ def _draw(
     from saferlhf.training.curves import read_curves
 
     plane_png(out / PLANE, measured, baseline=config.baseline, front=config.fixed)
-    curves = {
-        f"{heading}/{name.rpartition('/')[2]}": curve
-        for heading, folder in runs.items()
-        if _is_learned(found := read_curves(folder / "curves.jsonl"))
-        for name, curve in found.items()
-    }
-    constraint_png(out / CURVES, curves)
+    all_curves = {heading: read_curves(folder / "curves.jsonl") for heading, folder in runs.items()}
+    learned = {heading: curves for heading, curves in all_curves.items() if _is_learned(curves)}
+    shown = {f"{head}/{name.rpartition('/')[2]}": c for head, curves in learned.items() for name, c in curves.items()}
+    constraint_png(out / CURVES, shown, sorted({level for head in learned for level in thresholds_of(runs[head])}))
+
+
+def thresholds_of(folder: Path) -> list[float]:
+    """What the costs of a run were to stay below, as its config says."""
+    import yaml
+
+    file = folder / "config.yaml"
+    config = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    levels = (config.get("constraint") or {}).get("threshold")
+    return [float(level) for level in (levels.values() if isinstance(levels, dict) else [levels]) if level is not None]
 
 
 def _is_learned(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:

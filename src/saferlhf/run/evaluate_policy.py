@@ -28,7 +28,7 @@ from saferlhf.evaluation.policy_config import TOYWORLD, AskedJudge, asked_judges
 from saferlhf.evaluation.policy_judges import check_judges, load_judges
 from saferlhf.evaluation.policy_kl import response_kl
 from saferlhf.evaluation.policy_metrics import policy_metrics
-from saferlhf.evaluation.policy_plots import constraint_png, scatter_png, scatter_svg
+from saferlhf.evaluation.policy_plots import CURVES, SCATTER, constraint_png, scatter_png, scatter_svg
 from saferlhf.evaluation.policy_samples import sample_lines
 from saferlhf.evaluation.policy_sampling import Sampling, SamplingOptions, room_for, sample_policy
 from saferlhf.evaluation.policy_truth import best_metrics, harmful_requests
@@ -44,7 +44,6 @@ from saferlhf.training.curves import read_curves
 
 PREFIX = "policy"
 SAMPLES = "samples.jsonl"
-SCATTER, CURVES = "reward_cost.png", "constraint.png"
 
 
 def measure_policy(config: EvaluateConfig, model: JudgedModel, folder: RunFolder) -> Measured:

@@ -83,6 +83,7 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
         config=asdict(config),
         data_report=data_report,
         curves=read_curves(folder.path / "curves.jsonl"),
+        step="rollout" if isinstance(config.task, PpoConfig) else "optimizer step",
         histograms=evaluation.histograms,
         lineage={
             "run identity": prepared.run.hash,
@@ -161,6 +162,8 @@ def _track(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
     tracker.log_metrics(evaluation.metrics, step=prepared.steps)
     for name in ("config.yaml", "metrics.json", "data_report.json", "report.html"):
         tracker.log_artifact(folder.path / name)
+    for picture in sorted(folder.path.glob("*.png")):
+        tracker.log_artifact(picture)
     tracker.log_artifact(folder.export / "README.md", "model_card")
     tracker.set_tags({"export_folder": str(folder.export.resolve()), "run_folder": str(folder.path.resolve())})
     tracker.register_model(folder.export)

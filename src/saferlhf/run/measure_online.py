@@ -14,6 +14,7 @@ from saferlhf.config.rollout_schema import TruthJudgeConfig
 from saferlhf.data.templates import end_id, pad_id
 from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet, judged_by
 from saferlhf.evaluation.policy_metrics import policy_metrics
+from saferlhf.evaluation.policy_plots import CURVES, SCATTER, constraint_png, scatter_png, scatter_svg
 from saferlhf.evaluation.policy_samples import sample_lines
 from saferlhf.evaluation.policy_truth import best_metrics, harmful_requests
 from saferlhf.ops.constraint import UpperBound
@@ -22,6 +23,7 @@ from saferlhf.rollout.experience import Rollout
 from saferlhf.rollout.generate import generate
 from saferlhf.run.stages import Evaluation, PreparedRun
 from saferlhf.tasks.actor_critic import ActorCriticTask
+from saferlhf.training.curves import read_curves
 
 PROMPTS = 400
 """Held-out prompts that are answered; `evaluation.max_rows` may say fewer or more."""
@@ -74,7 +76,17 @@ def measure_online(prepared: PreparedRun) -> Evaluation:
         test = task.constraint.test(costs, list(prompts.ids))
         metrics |= {f"policy/safety_test/{name}": value for name, value in test.metrics().items()}
         test.require("export")
-    return Evaluation(metrics, [], sample_lines(prompts, policies))
+    return Evaluation(metrics, _pictures(prepared, policies), sample_lines(prompts, policies))
+
+
+def _pictures(prepared: PreparedRun, policies: dict[str, PolicyAnswers]) -> list[Any]:
+    """PNGs of the responses and of the constraint at work in the run's folder; drawings for its report."""
+    folder, thresholds = prepared.folder.path, prepared.config.constraint.threshold
+    scatter_png(folder / SCATTER, policies)
+    levels = thresholds.values() if isinstance(thresholds, dict) else [thresholds]
+    constraint_png(folder / CURVES, read_curves(folder / "curves.jsonl"), [float(level) for level in levels])
+    drawing = scatter_svg(policies)
+    return [] if drawing is None else [drawing]
 
 
 def _sampled(prepared: PreparedRun, role: str, chosen: Any) -> Rollout:
