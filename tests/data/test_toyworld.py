@@ -209,7 +209,7 @@ def test_demonstrations_are_a_weak_start() -> None:
     assert 0.45 < np.mean([not t.is_safe for t in truths]) < 0.56
     benign_refusals = np.mean([t.is_refusal for t, h in zip(truths, harmful, strict=True) if not h])
     assert 0.04 < benign_refusals < 0.1
-    assert 1.1 < np.mean([t.helpfulness for t in truths]) < 1.9
+    assert 0.8 < np.mean([t.helpfulness for t in truths]) < 1.5
     assert len({row.response for row in rows}) > 0.95 * len(rows)  # bare refusals repeat
 
 
@@ -302,10 +302,10 @@ def fingerprint(rows: list[PreferencePair] | list[QuestionAnswer]) -> str:
 def test_the_rows_of_the_usual_annotators_stay_what_they_are(annotators: Annotators | None) -> None:
     """Other rows make all numbers of the docs old: whoever changes the world measures them anew."""
     given = {} if annotators is None else {"annotators": annotators}
-    assert fingerprint(preference_pairs(2000, "train", 0, **given)) == "a85557f58dcf2058"
-    assert fingerprint(preference_pairs(2000, "test", 7, **given)) == "c36cfc9d94512101"
-    assert fingerprint(question_answers(1000, "train", 0, **given)) == "b909142d7241b667"
-    assert fingerprint(question_answers(1000, "test", 7, **given)) == "8fbf987cbf979b93"
+    assert fingerprint(preference_pairs(2000, "train", 0, **given)) == "b377ac117d813c9a"
+    assert fingerprint(preference_pairs(2000, "test", 7, **given)) == "8f73c8805728723d"
+    assert fingerprint(question_answers(1000, "train", 0, **given)) == "4665339b54b659f0"
+    assert fingerprint(question_answers(1000, "test", 7, **given)) == "0339cad6c2208617"
 
 
 def test_replies_do_not_depend_on_who_labels_them() -> None:

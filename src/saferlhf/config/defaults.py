@@ -30,7 +30,7 @@ MOST_NEW_TOKENS = 128
 """Of a sampled response, when `rollout.max_new_tokens` is null."""
 
 TOYWORLD_ROWS = {
-    "sft": 24_000,
+    "sft": 32_000,
     "reward": 22_000,
     "cost": 20_000,
     "moderator": 24_000,

@@ -10,9 +10,9 @@ from saferlhf.data.toyworld.annotators import USUAL, Annotators, Labels, annotat
 from saferlhf.data.toyworld.oracle import Truth, judge
 from saferlhf.data.toyworld.replies import (
     DAMAGES,
-    DEMONSTRATED_STEPS,
+    DEMONSTRATED_MUMBLING,
     LOST_THREAD_IN_PAIRS,
-    STEP_COUNTS,
+    MUMBLING,
     damage,
     draw_reply,
     frame_of,
@@ -45,11 +45,11 @@ def draw_any_reply(
     split: str,
     damaged: bool,
     lost_thread: float = LOST_THREAD_IN_PAIRS,
-    step_counts: tuple[float, float] = STEP_COUNTS,
+    mumbling: tuple[float, int, int] = MUMBLING,
 ) -> str:
     """One reply, damaged or not; never empty."""
     frame = frame_of(prompt)
-    reply = draw_reply(rng, frame, lost_thread, step_counts)
+    reply = draw_reply(rng, frame, lost_thread, mumbling)
     if not damaged:
         return reply
     kind = DAMAGES[int(rng.random() * len(DAMAGES))]
@@ -116,21 +116,21 @@ def _single_replies(
     seed: int,
     damaged_share: float,
     lost_thread: float = LOST_THREAD_IN_PAIRS,
-    step_counts: tuple[float, float] = STEP_COUNTS,
+    mumbling: tuple[float, int, int] = MUMBLING,
 ) -> list[QuestionAnswer]:
     _check(n, split)
     rows = []
     for index in range(n):
         rng = row_rng(purpose, seed, split, index)
         prompt = draw_prompt_of(rng, split)
-        reply = draw_any_reply(rng, prompt, split, rng.random() < damaged_share, lost_thread, step_counts)
+        reply = draw_any_reply(rng, prompt, split, rng.random() < damaged_share, lost_thread, mumbling)
         rows.append(_question_answer(prompt, reply))
     return rows
 
 
 def demonstrations(n: int, split: str, seed: int) -> list[QuestionAnswer]:
     """`n` replies of mixed quality for supervised fine-tuning: the start of a policy with much to learn."""
-    return _single_replies("demonstration", n, split, seed, DAMAGED_DEMONSTRATIONS, 1.0, DEMONSTRATED_STEPS)
+    return _single_replies("demonstration", n, split, seed, DAMAGED_DEMONSTRATIONS, 1.0, DEMONSTRATED_MUMBLING)
 
 
 def question_answers(n: int, split: str, seed: int, annotators: Annotators = USUAL) -> list[QuestionAnswer]:

@@ -27,19 +27,24 @@ SKILLS = (0.1, 0.6, 0.95)
 
 PATTERNS = ("comply", "waver", "redirect", "refuse")
 HARMFUL_PATTERNS = (0.79, 0.87, 0.945)  # cumulative shares for harmful requests
-BENIGN_PATTERNS = (0.88, 0.93, 0.96)  # and for benign ones
+BENIGN_PATTERNS = (0.74, 0.81, 0.965)  # and for benign ones
 CALM_CHANCES = (0.25, 0.5, 0.75)
 """Chance that a step of a wavering reply is calm; one per reply, each as likely."""
 
-REFUSAL_FIRST = {"comply": 0.15, "waver": 0.5, "redirect": 0.5}
+REFUSAL_FIRST = {"comply": 0.15, "waver": 0.5, "redirect": 0.3}
 """How often a reply of a pattern begins with a refusal in words."""
 
 STEP_COUNTS = (0.93, 0.972)  # cumulative: four steps, three, else two
-DEMONSTRATED_STEPS = (0.55, 0.8)
-"""The same of demonstrations, which stop early: an SFT model that is right in all four steps too often leaves nothing
-to win over it (with the pairs' shares even the best safe policy won 86%). Less skilled writers would do as much, but
-then a reward model that starts from the SFT model does not see a wrong tool (docs/log.md)."""
-TRICK_SHARE, SCALE_SHARE, MUMBLE_SHARE = 0.3, 0.1, 0.08
+TRICK_SHARE, SCALE_SHARE = 0.3, 0.1
+
+MUMBLING = (0.08, 2, 5)
+"""How often a reply has words that say nothing, and how many: at least, at most."""
+
+DEMONSTRATED_MUMBLING = (0.5, 4, 7)
+"""The same of demonstrations: an SFT model whose replies are right in everything too often leaves nothing to win over
+it (with the pairs' mumbling even the best safe policy won 86%). Writers of less skill, or who stop early, would do as
+much, but then a reward model that starts from the SFT model does not see a wrong place or tool (docs/log.md)."""
+
 LOST_THREAD_IN_PAIRS = 0.3
 """Share of replies in pairs whose wrong steps are wrong in thing and part alike; in demonstrations it is 1."""
 
@@ -75,9 +80,7 @@ def _shuffled(rng: random.Random, items: tuple[str, ...]) -> list[str]:
     return out
 
 
-def draw_steps(
-    rng: random.Random, frame: Frame, calm: float, skill: float, thread: bool, step_counts: tuple[float, float]
-) -> list[str]:
+def draw_steps(rng: random.Random, frame: Frame, calm: float, skill: float, thread: bool) -> list[str]:
     """The steps of a reply, each three words.
 
     Args:
@@ -87,10 +90,9 @@ def draw_steps(
         skill: chance that a step is right.
         thread: a wrong step is wrong in thing and part alike, as when a writer loses the thread; otherwise one writer
             gets only the things wrong, another only the parts, a third either.
-        step_counts: cumulative shares of four steps and of at least three.
     """
     draw = rng.random
-    count = 4 - bisect(step_counts, draw())
+    count = 4 - bisect(STEP_COUNTS, draw())
     style = draw()
     of_thing = 1.0 if style < 0.5 else 0.0 if style < 0.75 else 0.5
     things = frame.things
@@ -108,11 +110,13 @@ def draw_steps(
     return steps
 
 
-def _assemble(rng: random.Random, head: list[str], steps: list[str]) -> str:
+def _assemble(rng: random.Random, head: list[str], steps: list[str], mumbling: tuple[float, int, int]) -> str:
     """Opener and extras, the steps and a full stop, a closer."""
     parts = [*head, *steps, "."] if steps else head
-    if rng.random() < MUMBLE_SHARE:
-        parts.insert(int(rng.random() * (len(parts) + 1)), mumble(rng, 2 + int(rng.random() * 4)))
+    share, least, most = mumbling
+    if rng.random() < share:
+        at = int(rng.random() * (len(parts) + 1))
+        parts.insert(at, mumble(rng, least + int(rng.random() * (most + 1 - least))))
     return " ".join([*parts, pick(rng, _CLOSERS)])
 
 
@@ -125,7 +129,7 @@ def draw_reply(
     rng: random.Random,
     frame: Frame,
     lost_thread: float = LOST_THREAD_IN_PAIRS,
-    step_counts: tuple[float, float] = STEP_COUNTS,
+    mumbling: tuple[float, int, int] = MUMBLING,
 ) -> str:
     """One reply of the usual mixture.
 
@@ -133,21 +137,21 @@ def draw_reply(
         rng: the stream of the row.
         frame: what the prompt names.
         lost_thread: chance that its wrong steps are wrong throughout.
-        step_counts: cumulative shares of replies with four steps, and with at least three; the others have two.
+        mumbling: chance of words that say nothing; how many at least, at most.
     """
     draw = rng.random
     pattern = PATTERNS[bisect(HARMFUL_PATTERNS if frame.harmful else BENIGN_PATTERNS, draw())]
     skill = SKILLS[int(draw() * len(SKILLS))]
     if pattern == "refuse":
         refusal = pick(rng, w.REFUSALS)
-        return _assemble(rng, [pick(rng, _OPENERS), refusal] if draw() < 0.5 else [refusal], [])
+        return _assemble(rng, [pick(rng, _OPENERS), refusal] if draw() < 0.5 else [refusal], [], mumbling)
     head = [pick(rng, w.REFUSALS if draw() < REFUSAL_FIRST[pattern] else _OPENERS)]
     if pattern != "redirect" and draw() < SCALE_SHARE:
         head.append(pick(rng, _SCALES))
     if pattern != "redirect" and draw() < TRICK_SHARE:
         head.append(f"by {pick(rng, _TRICKS)}")
     calm = {"comply": 0.0, "redirect": 1.0}.get(pattern, CALM_CHANCES[int(draw() * len(CALM_CHANCES))])
-    return _assemble(rng, head, draw_steps(rng, frame, calm, skill, draw() < lost_thread, step_counts))
+    return _assemble(rng, head, draw_steps(rng, frame, calm, skill, draw() < lost_thread), mumbling)
 
 
 def damage(rng: random.Random, kind: str, reply: str, frame: Frame, other: Frame) -> str:
