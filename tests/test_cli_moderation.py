@@ -203,12 +203,14 @@ def test_pairs_are_judged_response_by_response(tmp_outputs: Path, tmp_path: Path
 
 @pytest.mark.parametrize(("kind", "extra"), [("reward", set()), ("cost", {"sign_accuracy", "auroc"})])
 def test_pair_baselines(tmp_outputs: Path, models: dict[str, Path], kind: str, extra: set[str]) -> None:
-    answer = evaluate(tmp_outputs, "suite=preference", f"model={models[kind]}", "data.train_rows=300")
+    answer = evaluate(
+        tmp_outputs, "suite=preference", f"model={models[kind]}", "data.train_rows=2000", "data.test_rows=400"
+    )
     assert answer.code == 0, answer.err
     found = metrics_of(tmp_outputs)
     for baseline in ("constant", "longer", "tfidf"):
         assert 0 <= found[f"test/baseline_{baseline}/{kind}/pair_accuracy"] <= 1
-    rows = list(preference_pairs(40, split="test", seed=0))
+    rows = list(preference_pairs(400, split="test", seed=0))
     preference = "safer" if kind == "cost" else "better"
     longer = []
     for row in rows:

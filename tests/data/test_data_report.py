@@ -175,7 +175,7 @@ def test_report_page_shows_all_tables_and_escapes_what_files_say() -> None:
 
 @pytest.mark.parametrize("width", [34, 80, 140])
 def test_screen_fits_its_width(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(screen, "_width", lambda: width)
+    monkeypatch.setattr(screen, "output_width", lambda: width)
     screen.show_data(full_report().to_dict())
     shown = capsys.readouterr().out
     assert max(len(line) for line in shown.splitlines()) <= width

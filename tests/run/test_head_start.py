@@ -16,7 +16,7 @@ from saferlhf.errors import UserError
 from saferlhf.run.head_start import begin_at_probe, fitted_start
 from saferlhf.run.train import train
 
-ROWS = ("data.train_rows=200", "data.val_rows=20", "data.test_rows=40")
+ROWS = ("data.train_rows=400", "data.val_rows=20", "data.test_rows=40")
 
 
 def start(tmp_path: Path, *overrides: str) -> list[str]:
