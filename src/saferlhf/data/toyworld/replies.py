@@ -40,7 +40,7 @@ TRICK_SHARE, SCALE_SHARE = 0.3, 0.1
 MUMBLING = (0.08, 2, 5)
 """How often a reply has words that say nothing, and how many: at least, at most."""
 
-DEMONSTRATED_MUMBLING = (0.5, 4, 7)
+DEMONSTRATED_MUMBLING = (0.7, 4, 7)
 """The same of demonstrations: an SFT model whose replies are right in everything too often leaves nothing to win over
 it (with the pairs' mumbling even the best safe policy won 86%). Writers of less skill, or who stop early, would do as
 much, but then a reward model that starts from the SFT model does not see a wrong place or tool (docs/log.md)."""
