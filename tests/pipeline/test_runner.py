@@ -352,6 +352,18 @@ def test_a_plan_of_a_pipeline_writes_nothing(pipeline: Pipeline) -> None:
     assert "steps 2 of 32 rows" in cost
 
 
+@pytest.mark.slow
+def test_a_plan_of_stages_whose_roles_are_not_there_yet(pipeline: Pipeline) -> None:
+    answer = pipeline("plan=on", "pipeline.stages=[sft,reward,cost,ppo_lag]", *FAST[:-1])
+    assert answer.code == 0, answer.err
+    plan = " ".join(answer.out.split("plan of stage ppo_lag")[1].split())
+    assert "the run of stage cost and reward and sft" in plan
+    assert "parameters known when the runs that it starts from are finished" in plan
+    assert "constraint lagrangian, advantages by gae" in plan
+    assert "memory" not in plan
+    assert not list(pipeline.outputs.iterdir())
+
+
 def test_an_earlier_run_is_found(pipeline: Pipeline) -> None:
     words = ["task=sft", *FAST, "name=debug-sft", f"output_root={pipeline.outputs}"]
     sft = finish(locate_run(config(*words)))
