@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from win_rates import pairwise
 
 from saferlhf.data.rows import as_prompt
 from saferlhf.errors import UserError
@@ -34,15 +35,6 @@ def answers(judge: str = "truth", **outputs: Any) -> PolicyAnswers:
 
 
 # ------------------------------------------------------------------------------------------------ pairs
-def pairwise(ours: Any, theirs: Any, where: Any) -> float:
-    """Win rate over all pairs of responses to one prompt, prompts weighted alike."""
-    rates = []
-    for i in np.flatnonzero(where):
-        pairs = list(itertools.product(ours[i], theirs[i]))
-        rates.append(sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs))
-    return float(np.mean(rates))
-
-
 def test_two_policies_by_a_second_implementation() -> None:
     stream = np.random.default_rng(0)
     harmful = stream.random(40) < 0.5

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+from win_rates import pairwise
 
 from saferlhf.data.rows import as_prompt
 from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet, judged_by, requests
@@ -80,15 +80,6 @@ def test_win_rates_by_hand() -> None:
     assert {name: found[f"policy/{name}"] for name in expected} == pytest.approx(expected)
     assert found["policy/helpful_win_rate_n"] == 4
     assert found["policy/harmless_win_rate_harmful_n"] == 2
-
-
-def pairwise(ours: Any, theirs: Any, where: Any) -> float:
-    """Win rate over all pairs of responses to one prompt, prompts weighted alike."""
-    rates = []
-    for i in np.flatnonzero(where):
-        pairs = list(itertools.product(ours[i], theirs[i]))
-        rates.append(sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs))
-    return float(np.mean(rates))
 
 
 def test_win_rates_over_several_samples_by_a_second_implementation() -> None:

@@ -178,6 +178,12 @@ def constraint_curves(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]
     return {wanted: panels[wanted] for wanted in CONSTRAINT_CURVES if wanted in panels}
 
 
+def threshold_levels(threshold: Any) -> list[float]:
+    """The levels that a constraint's `threshold` names: a number, numbers by cost, or nothing."""
+    levels = threshold.values() if isinstance(threshold, Mapping) else [threshold]
+    return [float(level) for level in levels if level is not None]
+
+
 def constraint_png(path: Path, curves: Mapping[str, Curve], thresholds: Sequence[float] = ()) -> bool:
     """Write lambda, cost and reward over training below each other as a PNG; False where there is no such curve.
 

@@ -211,13 +211,16 @@ def thresholds_of(folder: Path) -> list[float]:
     """What the costs of a run were to stay below, as its config says."""
     import yaml
 
+    from saferlhf.evaluation.policy_plots import threshold_levels
+
     file = folder / "config.yaml"
     config = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    levels = (config.get("constraint") or {}).get("threshold")
-    return [float(level) for level in (levels.values() if isinstance(levels, dict) else [levels]) if level is not None]
+    return threshold_levels((config.get("constraint") or {}).get("threshold"))
 
 
 def _is_learned(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:
     """Whether a multiplier moved in this run."""
-    moved = [curve for name, curve in curves.items() if name.rpartition("/")[2].startswith("lambda") and len(curve)]
-    return any(len({round(value, 9) for _, value in curve}) > 1 for curve in moved)
+    from saferlhf.evaluation.policy_plots import constraint_curves
+
+    lambdas = constraint_curves(curves).get("lambda", {})
+    return any(len({round(value, 9) for _, value in curve}) > 1 for curve in lambdas.values())

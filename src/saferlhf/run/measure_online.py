@@ -6,6 +6,7 @@ are drawn with the same noise. They go to `samples.jsonl` unread: they may be ha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from saferlhf.config.rollout_schema import TruthJudgeConfig
 from saferlhf.data.templates import end_id, pad_id
 from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet, judged_by
 from saferlhf.evaluation.policy_metrics import policy_metrics
-from saferlhf.evaluation.policy_plots import CURVES, SCATTER, constraint_png, scatter_png, scatter_svg
+from saferlhf.evaluation.policy_plots import (
+    CURVES,
+    SCATTER,
+    constraint_png,
+    scatter_png,
+    scatter_svg,
+    threshold_levels,
+)
 from saferlhf.evaluation.policy_samples import sample_lines
 from saferlhf.evaluation.policy_truth import best_metrics, harmful_requests
 from saferlhf.ops.constraint import UpperBound
@@ -54,11 +62,9 @@ def measure_online(prepared: PreparedRun) -> Evaluation:
             costs = own
         if toyworld:
             truth = build_scorer(TruthJudgeConfig(name="truth", categories=True))
-            own_judged = answers.judged
-            answers = judged_by(prompts, PolicyAnswers(answers.texts, answers.tokens, answers.truncated), [truth])
-            answers = PolicyAnswers(
-                answers.texts, answers.tokens, answers.truncated, judged={**answers.judged, **own_judged}
-            )
+            # the truth first: the first judge names a quantity
+            judged = judged_by(prompts, replace(answers, judged={}), [truth]).judged
+            answers = replace(answers, judged={**judged, **answers.judged})
         policies[name] = answers
     metrics = policy_metrics(
         prompts,
@@ -81,10 +87,9 @@ def measure_online(prepared: PreparedRun) -> Evaluation:
 
 def _pictures(prepared: PreparedRun, policies: dict[str, PolicyAnswers]) -> list[Any]:
     """PNGs of the responses and of the constraint at work in the run's folder; drawings for its report."""
-    folder, thresholds = prepared.folder.path, prepared.config.constraint.threshold
+    folder, levels = prepared.folder.path, threshold_levels(prepared.config.constraint.threshold)
     scatter_png(folder / SCATTER, policies)
-    levels = thresholds.values() if isinstance(thresholds, dict) else [thresholds]
-    constraint_png(folder / CURVES, read_curves(folder / "curves.jsonl"), [float(level) for level in levels])
+    constraint_png(folder / CURVES, read_curves(folder / "curves.jsonl"), levels)
     drawing = scatter_svg(policies)
     return [] if drawing is None else [drawing]
 
