@@ -49,10 +49,10 @@ def test_logits_are_those_of_each_row_alone(batch_size: int, options: dict[str, 
         with torch.no_grad():
             scores = {k: v.double().numpy()[0] for k, v in model(ids, torch.ones_like(ids), response).items()}
         assert found.unsafe[i] == pytest.approx(scores["unsafe"][0], abs=1e-5)
-        np.testing.assert_allclose(found.category[i], scores["category"], atol=1e-5)
+        np.testing.assert_allclose(found.category[i], scores["category"], rtol=1e-5, atol=1e-5)
         first, *steps = scores["severity"]
         falling = first - np.concatenate([[0.0], np.cumsum(np.log1p(np.exp(steps)))])
-        np.testing.assert_allclose(found.severity[i], falling, atol=1e-5)
+        np.testing.assert_allclose(found.severity[i], falling, rtol=1e-5, atol=1e-5)
     assert (np.diff(found.severity, axis=1) <= 0).all()
 
 

@@ -101,7 +101,7 @@ def test_verdicts_are_those_of_the_moderator(models: dict[str, Path]) -> None:
     data = encoder.answers(answers, "test", policy=DataPolicyConfig(overlong="keep"))
     verdicts = decide(moderate_rows(model.model, data), Calibration.default(CATEGORIES))
     assert scores.values["is_safe"].tolist() == (~verdicts.unsafe).tolist()
-    np.testing.assert_allclose(scores.values["p_unsafe"], verdicts.p_unsafe, atol=1e-5)
+    np.testing.assert_allclose(scores.values["p_unsafe"], verdicts.p_unsafe, rtol=1e-5, atol=1e-5)
     assert scores.values["severity"].tolist() == verdicts.severity.tolist()  # type: ignore[union-attr]
     for place, name in enumerate(CATEGORIES):
         assert scores.values[f"category/{name}"].tolist() == verdicts.category[:, place].tolist()  # type: ignore[index]

@@ -46,7 +46,7 @@ def test_row_by_row_what_a_score_model_reads(run: Any, tmp_path: Path, span: str
             t = data.collate([i]).tokens
             with torch.no_grad():
                 alone = model.pooled(t.input_ids, t.attention_mask, t.response_mask)
-            np.testing.assert_allclose(matrix[i], alone[0].numpy(), atol=1e-5)
+            np.testing.assert_allclose(matrix[i], alone[0].numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_computed_once(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_damaged_rows_are_said_and_computed_again(run: Any, tmp_path: Path) -> N
     again, seen = features(run, tmp_path, say=said.append)
     assert len(said) == 1 and said[0].startswith("1 cached rows of features are damaged")
     assert len(seen) == 1  # its batch
-    np.testing.assert_allclose(again.matrix([0, 1], "both"), expected, atol=1e-6)
+    np.testing.assert_allclose(again.matrix([0, 1], "both"), expected, rtol=1e-5, atol=1e-6)
     said.clear()
     features(run, tmp_path, say=said.append)
     assert not said
@@ -146,7 +146,7 @@ def test_what_prompts_have_in_common_is_computed_once(
     monkeypatch.setattr(module, "can_share", lambda trunk: False)
     plain = of_twins(run, twins, tmp_path / "plain")
     for pooled in ("both", "all"):
-        np.testing.assert_allclose(found.matrix([0, 1], pooled), plain.matrix([0, 1], pooled), atol=1e-5)
+        np.testing.assert_allclose(found.matrix([0, 1], pooled), plain.matrix([0, 1], pooled), rtol=1e-5, atol=1e-5)
     assert not said
 
 

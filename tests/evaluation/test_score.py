@@ -40,8 +40,8 @@ def test_pairs(batch_size: int, run: Any) -> None:
     found = score_rows(run.task.model, data, batch_size=batch_size)
     expected = one_by_one(run.task.model, data)
     assert found.shape == (23, 2) and len(set(found.ravel())) > 40
-    np.testing.assert_allclose(found[:, 0], expected[:23], atol=1e-5)
-    np.testing.assert_allclose(found[:, 1], expected[23:], atol=1e-5)
+    np.testing.assert_allclose(found[:, 0], expected[:23], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[:, 1], expected[23:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -51,7 +51,7 @@ def test_single_answers(batch_size: int, run: Any) -> None:
     answers = run.encoded.encoder.answers(question_answers(11, "test", 0), "test")
     found = score_rows(run.task.model, answers, batch_size=batch_size)
     assert found.shape == (11,)
-    np.testing.assert_allclose(found, one_by_one(run.task.model, answers), atol=1e-5)
+    np.testing.assert_allclose(found, one_by_one(run.task.model, answers), rtol=1e-5, atol=1e-5)
 
 
 def test_modes_gradients_and_precision(run: Any) -> None:

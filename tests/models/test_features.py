@@ -30,7 +30,7 @@ def test_equal_to_what_a_score_model_reads(family: str, pooling: str) -> None:
         for span in ("all", "prompt", "response", "both"):
             model = ScoreModel(trunk, {}, pooling, layers=LAYERS, span=span)
             matrix = span_matrix(parts.numpy(), counts, pooling, span)
-            np.testing.assert_allclose(matrix, model.pooled(ids, mask, response).numpy(), atol=2e-6)
+            np.testing.assert_allclose(matrix, model.pooled(ids, mask, response).numpy(), rtol=1e-5, atol=2e-6)
 
 
 def test_nan_at_padding_does_no_harm() -> None:

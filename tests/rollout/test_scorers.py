@@ -179,10 +179,12 @@ def test_reward_and_cost_models(kind: str, output: str, batch_tokens: int) -> No
     rows = word_requests()
     found = scorer.score(rows).values[output]
     expected = [float(head_outputs(model, row)["score"][0]) for row in rows]
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
     assert np.ptp(expected) > 0.1
     order = np.random.default_rng(1).permutation(len(rows))
-    np.testing.assert_allclose(scorer.score([rows[i] for i in order]).values[output], found[order], atol=2e-5)
+    np.testing.assert_allclose(
+        scorer.score([rows[i] for i in order]).values[output], found[order], rtol=1e-5, atol=2e-5
+    )
     assert len(scorer.score([])) == 0
     ended = scorer.score(word_requests(truncated=False)).values[output]
     assert np.abs(ended - found)[[0, 3, 6, 9]].min() > 1e-4, "the end token of those that were cut off is not there"
@@ -208,12 +210,14 @@ def test_a_moderator_as_cost() -> None:
         ("max", categories.max(axis=1) - 0.5),
         ("mean", categories.mean(axis=1) - 0.25),
     ):
-        np.testing.assert_allclose(ModelScorer(model, how=how).score(rows).values["cost"], expected, atol=1e-5)
+        np.testing.assert_allclose(
+            ModelScorer(model, how=how).score(rows).values["cost"], expected, rtol=1e-5, atol=1e-5
+        )
     raw = ModelScorer(model, how="mean", zero=0.0, categories=True, name="beavertails", output="harm")
     assert raw.outputs == ("harm", "category/Violence", "category/Drugs") and raw.name == "beavertails"
     scores = raw.score(rows)
-    np.testing.assert_allclose(scores.values["harm"], categories.mean(axis=1), atol=1e-5)
-    np.testing.assert_allclose(scores.values["category/Drugs"], categories[:, 1], atol=1e-5)
+    np.testing.assert_allclose(scores.values["harm"], categories.mean(axis=1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scores.values["category/Drugs"], categories[:, 1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_moderators_cost_is_above_zero_where_its_verdict_is_unsafe() -> None:
@@ -232,7 +236,7 @@ def test_a_classifier_with_labels_of_its_own() -> None:
     model, rows = loaded("classifier", {"violence": 1, "drugs": 1}), word_requests()
     p = expit(np.array([[head_outputs(model, row)[name][0] for name in ("violence", "drugs")] for row in rows]))
     found = ModelScorer(model, how="max", zero=0).score(rows)
-    np.testing.assert_allclose(found.values["cost"], p.max(axis=1), atol=1e-5)
+    np.testing.assert_allclose(found.values["cost"], p.max(axis=1), rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="no score of unsafe as such"):
         ModelScorer(model)
 
@@ -278,7 +282,7 @@ def test_an_export_by_its_locator(tmp_path: Path) -> None:
     rows = [*word_requests(5), ScoreRequest("empty", as_prompt("w1"), "")]
     scores = scorer.score(rows)
     expected = [float(head_outputs(made, row)["cost"][0]) for row in rows[:5]]
-    np.testing.assert_allclose(scores.values["cost"][:5], expected, atol=2e-5)
+    np.testing.assert_allclose(scores.values["cost"][:5], expected, rtol=1e-5, atol=2e-5)
     assert scores.counts() == {"empty": 1} and np.isnan(scores.values["cost"][5])
     with pytest.raises(UserError, match="no such folder"):
         build_scorer(conf("model") | {"model": str(tmp_path / "nothing")})
