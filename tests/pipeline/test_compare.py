@@ -19,9 +19,10 @@ from saferlhf.data.rows import as_prompt
 from saferlhf.errors import UserError
 from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet
 from saferlhf.evaluation.policy_metrics import policy_metrics
+from saferlhf.evaluation.policy_plots import thresholds_of
 from saferlhf.evaluation.policy_samples import sample_lines
 from saferlhf.pipeline import runner
-from saferlhf.pipeline.compare import check_compare, compare, slug, thresholds_of
+from saferlhf.pipeline.compare import check_compare, compare, slug
 from saferlhf.pipeline.stages import Stages
 
 COUNT = 24

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from saferlhf.evaluation.drawing import DASHES, GRID, INK, SERIES, panel, to_svg
@@ -182,6 +183,13 @@ def threshold_levels(threshold: Any) -> list[float]:
     """The levels that a constraint's `threshold` names: a number, numbers by cost, or nothing."""
     levels = threshold.values() if isinstance(threshold, Mapping) else [threshold]
     return [float(level) for level in levels if level is not None]
+
+
+def thresholds_of(run_folder: Path) -> list[float]:
+    """What the costs of a run were to stay below, as its config.yaml says; nothing where there is none."""
+    file = run_folder / "config.yaml"
+    config = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    return threshold_levels((config.get("constraint") or {}).get("threshold"))
 
 
 def constraint_png(path: Path, curves: Mapping[str, Curve], thresholds: Sequence[float] = ()) -> bool:

@@ -197,7 +197,7 @@ def _draw(
     config: CompareConfig, runs: Mapping[str, Path], measured: Mapping[str, Mapping[str, float]], out: Path
 ) -> None:
     """The plane of safety and helpfulness with every policy in it, and the multipliers over training."""
-    from saferlhf.evaluation.policy_plots import constraint_png, plane_png
+    from saferlhf.evaluation.policy_plots import constraint_png, plane_png, thresholds_of
     from saferlhf.training.curves import read_curves
 
     plane_png(out / PLANE, measured, baseline=config.baseline, front=config.fixed)
@@ -205,17 +205,6 @@ def _draw(
     learned = {heading: curves for heading, curves in all_curves.items() if _is_learned(curves)}
     shown = {f"{head}/{name.rpartition('/')[2]}": c for head, curves in learned.items() for name, c in curves.items()}
     constraint_png(out / CURVES, shown, sorted({level for head in learned for level in thresholds_of(runs[head])}))
-
-
-def thresholds_of(folder: Path) -> list[float]:
-    """What the costs of a run were to stay below, as its config says."""
-    import yaml
-
-    from saferlhf.evaluation.policy_plots import threshold_levels
-
-    file = folder / "config.yaml"
-    config = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    return threshold_levels((config.get("constraint") or {}).get("threshold"))
 
 
 def _is_learned(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:

@@ -28,7 +28,7 @@ from saferlhf.evaluation.policy_config import TOYWORLD, AskedJudge, asked_judges
 from saferlhf.evaluation.policy_judges import check_judges, load_judges
 from saferlhf.evaluation.policy_kl import response_kl
 from saferlhf.evaluation.policy_metrics import policy_metrics
-from saferlhf.evaluation.policy_plots import CURVES, SCATTER, constraint_png, scatter_png, scatter_svg
+from saferlhf.evaluation.policy_plots import CURVES, SCATTER, constraint_png, scatter_png, scatter_svg, thresholds_of
 from saferlhf.evaluation.policy_samples import sample_lines
 from saferlhf.evaluation.policy_sampling import Sampling, SamplingOptions, room_for, sample_policy
 from saferlhf.evaluation.policy_truth import best_metrics, harmful_requests
@@ -80,7 +80,8 @@ def measure_policy(config: EvaluateConfig, model: JudgedModel, folder: RunFolder
     drawings = [svg for svg in (scatter_svg(policies),) if svg is not None]
     scatter_png(folder.path / SCATTER, policies)
     if model.location.run_folder is not None:
-        constraint_png(folder.path / CURVES, read_curves(model.location.run_folder / "curves.jsonl"))
+        run_folder = model.location.run_folder
+        constraint_png(folder.path / CURVES, read_curves(run_folder / "curves.jsonl"), thresholds_of(run_folder))
     report = rows.report.to_dict()
     return Measured(metrics, report, rows.fingerprint, list(drawings))
 

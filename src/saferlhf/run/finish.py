@@ -26,17 +26,28 @@ from saferlhf.training.curves import read_curves
 
 def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogger) -> None:
     """Write everything into the run folder, and copies of the small things into tracking."""
-    config, folder = prepared.config, prepared.folder
-    data_report = prepared.rows.report.to_dict()
-    lineage = _lineage(prepared)
-    metadata = ExportMetadata(
+    folder = prepared.folder
+    metadata = _metadata(prepared, evaluation)
+    _export(prepared, evaluation, metadata)
+    write_json(folder.path / "data_report.json", prepared.rows.report.to_dict())
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
+    write_text(folder.path / "samples.jsonl", lines)
+    _page(prepared, evaluation)
+    write_json(folder.metrics, evaluation.metrics)
+    _track(prepared, evaluation, tracker)
+
+
+def _metadata(prepared: PreparedRun, evaluation: Evaluation) -> ExportMetadata:
+    """What the export says of itself."""
+    config = prepared.config
+    return ExportMetadata(
         kind=_kind(config),
         template=config.backbone.template,
         max_length=config.backbone.max_length,
-        lineage=lineage,
+        lineage=_lineage(prepared),
         **_moderation(prepared, evaluation),
         extra={
-            "run": f"{config.name}/{folder.path.name}",
+            "run": _run_name(prepared),
             "identity": prepared.run.hash,
             "seed": config.seed,
             "preference": getattr(config.task, "preference", None),
@@ -46,12 +57,17 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
         },
     )
 
+
+def _export(prepared: PreparedRun, evaluation: Evaluation, metadata: ExportMetadata) -> None:
+    """Weights, tokenizer and model card."""
+    config = prepared.config
+
     def card(completed: ExportMetadata) -> str:
         return model_card(
             completed,
-            name=f"{config.name}/{folder.path.name}",
+            name=_run_name(prepared),
             metrics=evaluation.metrics,
-            data_report=data_markdown(data_report),
+            data_report=data_markdown(prepared.rows.report.to_dict()),
             config=yaml.safe_dump(asdict(config), sort_keys=False),
             data_licence=prepared.rows.licence,
             protocol=f"test split of {config.data.name}, intervals {config.evaluation.confidence:.0%} by bootstrap over"
@@ -63,7 +79,7 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
     if isinstance(config.task, PpoConfig):
         model, adapter = prepared.task.roles.actor_for_export()
     save_export(
-        folder.export,
+        prepared.folder.export,
         model=model,
         adapter=adapter,
         tokenizer=prepared.tokenizer,
@@ -72,16 +88,18 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
         base_unchanged=isinstance(config.task, ProbeConfig),
         card=card,
     )
-    write_json(folder.path / "data_report.json", data_report)
-    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
-    write_text(folder.path / "samples.jsonl", lines)
+
+
+def _page(prepared: PreparedRun, evaluation: Evaluation) -> None:
+    """report.html: curves, numbers, data, settings."""
+    config, folder = prepared.config, prepared.folder
     write_report(
         folder.path / "report.html",
         title=f"{config.task.name}: {config.backbone.name} on {config.data.name}",
-        subtitle=f"run {config.name}/{folder.path.name}, seed {config.seed}",
+        subtitle=f"run {_run_name(prepared)}, seed {config.seed}",
         metrics=evaluation.metrics,
         config=asdict(config),
-        data_report=data_report,
+        data_report=prepared.rows.report.to_dict(),
         curves=read_curves(folder.path / "curves.jsonl"),
         step="rollout" if isinstance(config.task, PpoConfig) else "optimizer step",
         histograms=evaluation.histograms,
@@ -94,8 +112,10 @@ def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogge
         commands=[reproduce(config)],
         confidence=config.evaluation.confidence,
     )
-    write_json(folder.metrics, evaluation.metrics)
-    _track(prepared, evaluation, tracker)
+
+
+def _run_name(prepared: PreparedRun) -> str:
+    return f"{prepared.config.name}/{prepared.folder.path.name}"
 
 
 def _kind(config: TrainConfig) -> str:
