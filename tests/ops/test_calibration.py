@@ -22,6 +22,7 @@ from saferlhf.ops.calibration import (
     decide,
     fit_calibration,
     severity_given_unsafe,
+    severity_share,
     severity_temperature,
     shrunk,
 )
@@ -91,6 +92,17 @@ NUMBERS = st.floats(-1e3, 1e3)
 SHARES = st.floats(0.001, 0.999)
 
 
+def test_two_heads_say_together_what_is_unsafe() -> None:
+    # a quarter of it from the severity head: (3 * 2 + -2) / 4 = 1, over T = 2
+    logits = ModerationLogits(np.array([2.0]), np.array([[-2.0, -3.0, -4.0]]), None)
+    found = decide(logits, Calibration(temperature_unsafe=2.0, severity_share=0.25))
+    assert found.unsafe_logit == pytest.approx([0.5])
+    assert found.p_unsafe == pytest.approx([0.6225], abs=1e-4)
+    assert found.p_severity[0, 0] == pytest.approx(1 - 0.6225, abs=1e-4)
+    alone = decide(replace(logits, severity=None), Calibration(temperature_unsafe=2.0, severity_share=0.25))
+    assert alone.unsafe_logit == pytest.approx([1.0])
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=5),
@@ -133,6 +145,48 @@ def test_the_temperature_is_found_again(true: float) -> None:
     found = fit_calibration(logits, labels)
     assert found.temperature_unsafe == pytest.approx(true, rel=0.05)
     assert found.temperature_severity == pytest.approx(true, rel=0.1)
+
+
+def two_estimates(n: int, noise: float, seed: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits of two heads that saw the truth through noise, the second's `noise` as large, and the labels."""
+    draw = np.random.default_rng(seed)
+    truth = draw.normal(0, 2, n)
+    return truth + draw.normal(0, 1, n), truth + noise * draw.normal(0, 1, n), draw.random(n) < expit(truth)
+
+
+@pytest.mark.parametrize("noise", [0.7, 1.0, 1.5])
+def test_the_share_is_a_logistic_regression_on_both_logits(noise: float) -> None:
+    u, g, positive = two_estimates(2_000, noise)
+    model = LogisticRegression(C=1e10, fit_intercept=False, tol=1e-10).fit(np.column_stack([u, g]), positive)
+    a, b = model.coef_[0]
+    assert a > 0 and b > 0
+    found = severity_share(u, g, positive)
+    assert found == pytest.approx(b / (a + b), abs=2e-3)
+    # the less noise, the larger the share: inverse variances, 1 / noise^2 against 1
+    assert found == pytest.approx(1 / (1 + noise**2), abs=0.1)
+
+
+def test_a_head_that_says_nothing_or_the_opposite_gets_no_share() -> None:
+    u, g, positive = two_estimates(2_000, 1.0)
+    assert severity_share(u, -g, positive) == 0.0
+    assert severity_share(-u, g, positive) == 1.0
+    assert severity_share(-u, -g, positive) == 0.0
+
+
+def test_both_heads_together_are_likelier_than_one() -> None:
+    u, g, positive = two_estimates(4_000, 1.0)
+    logits = ModerationLogits(u, np.column_stack([g, g - 1.0, g - 2.0]), None)
+    labels = ModerationLabels(positive.astype(np.int64), np.full(4_000, -1), np.full((4_000, 0), -1), ())
+    both, alone = fit_calibration(logits, labels), fit_calibration(replace(logits, severity=None), labels)
+    assert 0.4 < both.severity_share < 0.6 and alone.severity_share == 0.0
+    losses = [log_loss(positive, decide(logits, found).p_unsafe) for found in (both, alone)]
+    assert losses[0] < losses[1] - 0.005
+    few = fit_calibration(
+        ModerationLogits(u[:30], logits.severity[:30], None),
+        replace(labels, unsafe=labels.unsafe[:30], severity=labels.severity[:30], category=labels.category[:30]),
+    )
+    n = min(positive[:30].sum(), (~positive[:30]).sum())
+    assert few.severity_share == pytest.approx(severity_share(u[:30], g[:30], positive[:30]) * n / (n + LEAST))
 
 
 def test_the_binary_temperature_is_a_logistic_regression_without_intercept() -> None:

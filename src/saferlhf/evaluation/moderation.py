@@ -71,7 +71,7 @@ def evaluate_moderation(
     found: dict[str, float] = {}
     if (labels.unsafe >= 0).any():
         sheet = MetricSheet(f"{prefix}/unsafe", keys, **options)
-        scores = verdicts.p_unsafe if logits is None else logits.unsafe
+        scores = verdicts.p_unsafe if verdicts.unsafe_logit is None else verdicts.unsafe_logit
         _unsafe(sheet, labels.unsafe, scores, verdicts, None if raw is None else raw.p_unsafe)
         found |= sheet.metrics()
     if verdicts.severity is not None and (labels.severity >= 0).any():

@@ -3,13 +3,15 @@
 Temperatures (Guo et al. 2017, arXiv 1706.04599): each head's logits are divided by one number T > 0 that minimises the
 negative log-likelihood of held-out labels. Order, and so AUROC, does not change.
 
-Probabilities. The unsafe head alone says how likely a row is unsafe; the severity head says how severe it is if so:
+Probabilities. Two heads say how likely a row is unsafe: the unsafe head by u, the severity head by g_1, its logit of
+severity >= 1. The second's share w of their mean is fitted together with the temperature: two estimates of one event
+err less than one of them. The severity head then says how severe a row is if unsafe:
 
-    p_unsafe = sigmoid(u / T_u)
+    p_unsafe = sigmoid(((1 - w) u + w g_1) / T_u)
     P(s = 0) = 1 - p_unsafe,   P(s >= k) = p_unsafe sigmoid(g_k / T_s) / sigmoid(g_1 / T_s)      for k = 1, 2, 3
     p_category = sigmoid(a_c / T_c)
 
-so the levels sum to 1 and agree with p_unsafe. The severity head's own P(s >= 1) serves its training only.
+so the levels sum to 1 and agree with p_unsafe.
 
 Decisions: unsafe where p_unsafe >= its threshold. Safe: severity 0 and no category. Unsafe: severity 3 where
 P(s >= 3 | s >= 1) >= its threshold, else 2 where P(s >= 2 | s >= 1) >= its threshold, else 1; every category at or
@@ -27,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_expit, logit
 
 from saferlhf.ops.moderation import ModerationLabels, ModerationLogits, Verdicts
@@ -80,6 +82,7 @@ class Calibration:
         threshold_unsafe: on p_unsafe.
         thresholds_category: (C,) on p_category.
         thresholds_severity: on P(s >= 2 | s >= 1) and on P(s >= 3 | s >= 1).
+        severity_share: w, what the severity head has to say in whether a row is unsafe, 0 to 1.
         rows: labelled held-out rows it was fitted on; 0: defaults, nothing was fitted.
         fitted_on: which rows, in words, as "val"; None: nothing was fitted.
         objectives: head -> what its thresholds maximise.
@@ -92,6 +95,7 @@ class Calibration:
     threshold_unsafe: float = DEFAULT
     thresholds_category: tuple[float, ...] = ()
     thresholds_severity: tuple[float, float] = (DEFAULT, DEFAULT)
+    severity_share: float = 0.0
     rows: int = 0
     fitted_on: str | None = None
     objectives: dict[str, str] = field(default_factory=dict)
@@ -148,7 +152,8 @@ def decide(logits: ModerationLogits, calibration: Calibration) -> Verdicts:
     """
     if logits.category is not None and logits.category.shape[1] != len(calibration.categories):
         raise ValueError(f"{logits.category.shape[1]} category logits, {len(calibration.categories)} thresholds")
-    p_unsafe = expit(logits.unsafe / calibration.temperature_unsafe)  # (N,)
+    unsafe_logit = joint_unsafe(logits, calibration.severity_share) / calibration.temperature_unsafe  # (N,)
+    p_unsafe = expit(unsafe_logit)
     unsafe = p_unsafe >= calibration.threshold_unsafe  # (N,)
     p_severity = severity = p_category = category = None
     if logits.severity is not None:
@@ -159,7 +164,14 @@ def decide(logits: ModerationLogits, calibration: Calibration) -> Verdicts:
     if logits.category is not None:
         p_category = expit(logits.category / calibration.temperature_category)  # (N, C)
         category = _category_decision(p_category, unsafe, np.array(calibration.thresholds_category))
-    return Verdicts(p_unsafe, p_severity, p_category, unsafe, severity, category)
+    return Verdicts(p_unsafe, p_severity, p_category, unsafe, severity, category, unsafe_logit)
+
+
+def joint_unsafe(logits: ModerationLogits, share: float) -> Floats:
+    """(N,) what the unsafe head and the severity head say together, the second with this share, before temperature."""
+    if logits.severity is None or not share:
+        return logits.unsafe
+    return (1.0 - share) * logits.unsafe + share * logits.severity[:, 0]
 
 
 def severity_given_unsafe(logits: Floats, temperature: float = 1.0) -> Floats:
@@ -215,14 +227,19 @@ def fit_calibration(
     rows = int((known | (labels.severity >= 0) | (labels.category >= 0).any(axis=1)).sum())
     found |= {"rows": rows, "fitted_on": fitted_on if rows else None, "objectives": asdict(objectives)}
     positive = labels.unsafe == 1
+    joint = logits.unsafe
     if _rarer(positive[known]) >= least:
-        temperature = binary_temperature(logits.unsafe[known], positive[known])
-        p = expit(logits.unsafe / temperature)
+        if logits.severity is not None:
+            n = _rarer(positive[known])
+            share = severity_share(logits.unsafe[known], logits.severity[known, 0], positive[known]) * n / (n + least)
+            joint, found["severity_share"] = joint_unsafe(logits, share), share
+        temperature = binary_temperature(joint[known], positive[known])
+        p = expit(joint / temperature)
         threshold = best_threshold(p[known], positive[known], objectives.unsafe)
         if false_positive_rate(objectives.unsafe) is None:  # a promised rate is not to be shrunk away
             threshold = shrunk(threshold, _rarer(positive[known]), least)
         found |= {"temperature_unsafe": temperature, "threshold_unsafe": threshold}
-    decided = expit(logits.unsafe / found["temperature_unsafe"]) >= found["threshold_unsafe"]  # (N,)
+    decided = expit(joint / found["temperature_unsafe"]) >= found["threshold_unsafe"]  # (N,)
     if logits.severity is not None:
         found |= _fit_severity(logits.severity, labels.severity, decided, objectives.severity, least)
     if logits.category is not None:
@@ -301,6 +318,31 @@ def binary_temperature(logits: Floats, positive: Bools) -> float:
     """
     signed = np.where(positive, logits, -logits)
     return _temperature(lambda t: float(-log_expit(signed / t).mean()))
+
+
+def severity_share(unsafe: Floats, at_least_one: Floats, positive: Bools) -> float:
+    """The share w that minimises the mean binary cross-entropy of ((1 - w) u + w g_1) / T at the best T > 0.
+
+    With a = (1 - w) / T and b = w / T that is a logistic regression on (u, g_1) without intercept and with weights that
+    are not negative: convex.
+
+    Args:
+        unsafe: (N,) u.
+        at_least_one: (N,) g_1.
+        positive: (N,).
+
+    Returns:
+        w in [0, 1]; 0 where neither logit tells the labels at all.
+    """
+    signed = np.where(positive, 1.0, -1.0)[:, None] * np.column_stack([unsafe, at_least_one])  # (N, 2)
+
+    def nll(weights: Floats) -> tuple[float, Floats]:
+        margin = signed @ weights
+        return float(-log_expit(margin).mean()), -(expit(-margin)[:, None] * signed).mean(axis=0)
+
+    most = 1.0 / TEMPERATURES[0]
+    a, b = minimize(nll, np.array([0.5, 0.5]), jac=True, method="L-BFGS-B", bounds=[(0.0, most)] * 2).x
+    return float(b / (a + b)) if a + b > 0 else 0.0
 
 
 def severity_temperature(logits: Floats, severity: NDArray[np.int64]) -> float:

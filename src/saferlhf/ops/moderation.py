@@ -68,6 +68,7 @@ class Verdicts:
         unsafe: (N,) bool decision.
         severity: (N,) 0..3; None without that head.
         category: (N, C) bool; None without that head.
+        unsafe_logit: (N,) log-odds of p_unsafe: they rank rows for which it is 1 to the last bit; None: not known.
     """
 
     p_unsafe: Floats
@@ -76,6 +77,7 @@ class Verdicts:
     unsafe: NDArray[np.bool_]
     severity: Ints | None
     category: NDArray[np.bool_] | None
+    unsafe_logit: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.unsafe)

@@ -73,7 +73,7 @@ class RowJudge:
         """Calibrated probabilities and consistent decisions; a cost above 0 says unsafe."""
         if self._kind == "moderator":
             return decide(logits, self.calibration)
-        return Verdicts(expit(logits.unsafe), None, None, logits.unsafe > 0, None, None)
+        return Verdicts(expit(logits.unsafe), None, None, logits.unsafe > 0, None, None, logits.unsafe)
 
 
 def _calibration(metadata: ExportMetadata) -> Calibration:
