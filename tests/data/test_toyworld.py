@@ -208,7 +208,7 @@ def test_demonstrations_are_a_weak_start() -> None:
     harmful = [is_harmful_request(row.prompt) for row in rows]
     assert 0.45 < np.mean([not t.is_safe for t in truths]) < 0.56
     benign_refusals = np.mean([t.is_refusal for t, h in zip(truths, harmful, strict=True) if not h])
-    assert 0.04 < benign_refusals < 0.1
+    assert 0.02 < benign_refusals < 0.08
     assert 0.8 < np.mean([t.helpfulness for t in truths]) < 1.5
     assert len({row.response for row in rows}) > 0.95 * len(rows)  # bare refusals repeat
 

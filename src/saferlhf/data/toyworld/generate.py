@@ -10,9 +10,9 @@ from saferlhf.data.toyworld.annotators import USUAL, Annotators, Labels, annotat
 from saferlhf.data.toyworld.oracle import Truth, judge
 from saferlhf.data.toyworld.replies import (
     DAMAGES,
-    DEMONSTRATED_MUMBLING,
-    LOST_THREAD_IN_PAIRS,
-    MUMBLING,
+    OF_DEMONSTRATIONS,
+    OF_PAIRS,
+    Manner,
     damage,
     draw_reply,
     frame_of,
@@ -39,17 +39,10 @@ def row_rng(purpose: str, seed: int, split: str, index: int) -> random.Random:
     return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
 
 
-def draw_any_reply(
-    rng: random.Random,
-    prompt: str,
-    split: str,
-    damaged: bool,
-    lost_thread: float = LOST_THREAD_IN_PAIRS,
-    mumbling: tuple[float, int, int] = MUMBLING,
-) -> str:
+def draw_any_reply(rng: random.Random, prompt: str, split: str, damaged: bool, manner: Manner = OF_PAIRS) -> str:
     """One reply, damaged or not; never empty."""
     frame = frame_of(prompt)
-    reply = draw_reply(rng, frame, lost_thread, mumbling)
+    reply = draw_reply(rng, frame, manner)
     if not damaged:
         return reply
     kind = DAMAGES[int(rng.random() * len(DAMAGES))]
@@ -110,27 +103,21 @@ def _question_answer(prompt: str, reply: str, truth: Truth | None = None) -> Que
 
 
 def _single_replies(
-    purpose: str,
-    n: int,
-    split: str,
-    seed: int,
-    damaged_share: float,
-    lost_thread: float = LOST_THREAD_IN_PAIRS,
-    mumbling: tuple[float, int, int] = MUMBLING,
+    purpose: str, n: int, split: str, seed: int, damaged_share: float, manner: Manner = OF_PAIRS
 ) -> list[QuestionAnswer]:
     _check(n, split)
     rows = []
     for index in range(n):
         rng = row_rng(purpose, seed, split, index)
         prompt = draw_prompt_of(rng, split)
-        reply = draw_any_reply(rng, prompt, split, rng.random() < damaged_share, lost_thread, mumbling)
+        reply = draw_any_reply(rng, prompt, split, rng.random() < damaged_share, manner)
         rows.append(_question_answer(prompt, reply))
     return rows
 
 
 def demonstrations(n: int, split: str, seed: int) -> list[QuestionAnswer]:
     """`n` replies of mixed quality for supervised fine-tuning: the start of a policy with much to learn."""
-    return _single_replies("demonstration", n, split, seed, DAMAGED_DEMONSTRATIONS, 1.0, DEMONSTRATED_MUMBLING)
+    return _single_replies("demonstration", n, split, seed, DAMAGED_DEMONSTRATIONS, OF_DEMONSTRATIONS)
 
 
 def question_answers(n: int, split: str, seed: int, annotators: Annotators = USUAL) -> list[QuestionAnswer]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from saferlhf.data.toyworld import words as w
@@ -31,22 +32,38 @@ BENIGN_PATTERNS = (0.74, 0.81, 0.965)  # and for benign ones
 CALM_CHANCES = (0.25, 0.5, 0.75)
 """Chance that a step of a wavering reply is calm; one per reply, each as likely."""
 
-REFUSAL_FIRST = {"comply": 0.15, "waver": 0.5, "redirect": 0.3}
-"""How often a reply of a pattern begins with a refusal in words."""
-
 STEP_COUNTS = (0.93, 0.972)  # cumulative: four steps, three, else two
 TRICK_SHARE, SCALE_SHARE = 0.3, 0.1
 
-MUMBLING = (0.08, 2, 5)
-"""How often a reply has words that say nothing, and how many: at least, at most."""
 
-DEMONSTRATED_MUMBLING = (0.7, 4, 7)
-"""The same of demonstrations: an SFT model whose replies are right in everything too often leaves nothing to win over
-it (with the pairs' mumbling even the best safe policy won 86%). Writers of less skill, or who stop early, would do as
-much, but then a reward model that starts from the SFT model does not see a wrong place or tool (docs/log.md)."""
+class Manner(NamedTuple):
+    """How a group of writers writes, beside what they do and how well.
 
-LOST_THREAD_IN_PAIRS = 0.3
-"""Share of replies in pairs whose wrong steps are wrong in thing and part alike; in demonstrations it is 1."""
+    Attributes:
+        lost_thread: share of replies whose wrong steps are wrong in thing and part alike.
+        mumbling: how often a reply has words that say nothing; how many at least, at most.
+        refusal_first: how often a reply of a pattern begins with a refusal in words.
+    """
+
+    lost_thread: float
+    mumbling: tuple[float, int, int]
+    refusal_first: Mapping[str, float]
+
+
+OF_PAIRS = Manner(0.3, (0.08, 2, 5), {"comply": 0.15, "waver": 0.5, "redirect": 0.3})
+"""Writers of replies that are compared and labelled."""
+
+OF_DEMONSTRATIONS = Manner(1.0, (0.7, 4, 7), {"comply": 0.05, "waver": 0.15, "redirect": 0.08})
+"""Writers of demonstrations.
+
+They mumble: an SFT model whose replies are right in everything too often leaves nothing to win over it (with the pairs'
+mumbling even the best safe policy won 86%). Writers of less skill, or who stop early, would do as much, but then a
+reward model that starts from the SFT model does not see a wrong place or tool.
+
+They seldom refuse what they then do: what the policy begins with stays where a reward model is blind to it. With the
+pairs' shares one of two policies still refused in words before 4% of its whole replies to benign requests, worth 0.1 of
+learned reward and 0.6 of the truth's (docs/log.md).
+"""
 
 _SLOTS = (w.HUES, w.GOODS, w.PLACES, w.TOOLS)
 _SLOT_OF = {thing: place for place, slot in enumerate(_SLOTS) for thing in slot}
@@ -125,33 +142,28 @@ def mumble(rng: random.Random, count: int) -> str:
     return " ".join(pick(rng, w.MUMBLES) for _ in range(count))
 
 
-def draw_reply(
-    rng: random.Random,
-    frame: Frame,
-    lost_thread: float = LOST_THREAD_IN_PAIRS,
-    mumbling: tuple[float, int, int] = MUMBLING,
-) -> str:
+def draw_reply(rng: random.Random, frame: Frame, manner: Manner = OF_PAIRS) -> str:
     """One reply of the usual mixture.
 
     Args:
         rng: the stream of the row.
         frame: what the prompt names.
-        lost_thread: chance that its wrong steps are wrong throughout.
-        mumbling: chance of words that say nothing; how many at least, at most.
+        manner: of who writes it.
     """
     draw = rng.random
     pattern = PATTERNS[bisect(HARMFUL_PATTERNS if frame.harmful else BENIGN_PATTERNS, draw())]
     skill = SKILLS[int(draw() * len(SKILLS))]
     if pattern == "refuse":
         refusal = pick(rng, w.REFUSALS)
-        return _assemble(rng, [pick(rng, _OPENERS), refusal] if draw() < 0.5 else [refusal], [], mumbling)
-    head = [pick(rng, w.REFUSALS if draw() < REFUSAL_FIRST[pattern] else _OPENERS)]
+        return _assemble(rng, [pick(rng, _OPENERS), refusal] if draw() < 0.5 else [refusal], [], manner.mumbling)
+    head = [pick(rng, w.REFUSALS if draw() < manner.refusal_first[pattern] else _OPENERS)]
     if pattern != "redirect" and draw() < SCALE_SHARE:
         head.append(pick(rng, _SCALES))
     if pattern != "redirect" and draw() < TRICK_SHARE:
         head.append(f"by {pick(rng, _TRICKS)}")
     calm = {"comply": 0.0, "redirect": 1.0}.get(pattern, CALM_CHANCES[int(draw() * len(CALM_CHANCES))])
-    return _assemble(rng, head, draw_steps(rng, frame, calm, skill, draw() < lost_thread), mumbling)
+    steps = draw_steps(rng, frame, calm, skill, draw() < manner.lost_thread)
+    return _assemble(rng, head, steps, manner.mumbling)
 
 
 def damage(rng: random.Random, kind: str, reply: str, frame: Frame, other: Frame) -> str:
