@@ -108,6 +108,7 @@ def test_a_policy_against_itself_and_with_sides_changed() -> None:
     assert itself["policy/helpful_win_rate"] == 0.5
     assert itself["policy/over_baseline/mean_reward"] == 0.0
     assert itself["policy/over_baseline/mean_reward_low"] == itself["policy/over_baseline/mean_reward_high"] == 0.0
+    assert itself["policy/over_baseline/mean_reward_p"] == 1.0
     ahead, behind = policy_metrics(rows, one, other, draws=0), policy_metrics(rows, other, one, draws=0)
     assert ahead["policy/helpful_win_rate"] + behind["policy/helpful_win_rate"] == pytest.approx(1.0)
     assert ahead["policy/helpful_tie_rate"] == pytest.approx(behind["policy/helpful_tie_rate"])
@@ -141,6 +142,7 @@ def test_differences_are_paired() -> None:
     )
     assert found["policy/over_baseline/mean_reward_low"] == pytest.approx(1.0)
     assert found["policy/over_baseline/mean_reward_high"] == pytest.approx(1.0)
+    assert found["policy/over_baseline/mean_reward_p"] == pytest.approx(1 / 501)  # no pattern of signs is as far
     assert found["policy/mean_reward_high"] - found["policy/mean_reward_low"] > 10
 
 

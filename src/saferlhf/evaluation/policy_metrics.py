@@ -27,6 +27,7 @@ from saferlhf.evaluation.sheet import MetricSheet
 from saferlhf.ops.intervals import CONFIDENCE, DRAWS
 from saferlhf.ops.metrics import spearman
 from saferlhf.ops.moderation import SEVERITIES
+from saferlhf.ops.significance import sign_flip_p
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -267,7 +268,10 @@ def _differences(sheet: MetricSheet, prompts: PromptSet, policy: PolicyAnswers, 
     theirs = {name: by_prompt(values, where) for name, values, where, _ in _quantities(prompts, baseline)}
     for name, values, where, _ in _quantities(prompts, policy):
         if name in theirs and "category/" not in name:  # many, and rare each
-            sheet.mean(name, by_prompt(values, where) - theirs[name])
+            gaps = by_prompt(values, where) - theirs[name]
+            sheet.mean(name, gaps)
+            if sheet.draws and not np.isnan(gaps).all():
+                sheet.value(f"{name}_p", sign_flip_p(gaps, sheet.clusters, draws=sheet.draws, seed=sheet.seed))
 
 
 def by_prompt(values: Floats, where: Bools | None = None) -> Floats:
