@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tiny_models import metadata
 
 from saferlhf.models.card import model_card
 from saferlhf.models.metadata import ExportMetadata
+from saferlhf.ops.calibration import Calibration
 
 
 def complete() -> ExportMetadata:
@@ -52,6 +55,14 @@ def test_everything_known_is_on_the_card() -> None:
     assert "rounding of bfloat16 products" in text
     assert "test split, 100 rows, seed 0" in text
     assert "None" not in text
+
+
+def test_who_says_what_is_unsafe() -> None:
+    fitted = Calibration(threshold_unsafe=0.4, severity_share=0.25, rows=50, fitted_on="val")
+    moderator = ExportMetadata("moderator", heads={"unsafe": 1, "severity": 3}, calibration=fitted.to_dict())
+    assert "- Unsafe from p = 0.4, 0.25 of which the severity head says" in model_card(moderator, name="x")
+    alone = ExportMetadata("moderator", heads={"unsafe": 1}, calibration=replace(fitted, severity_share=0.0).to_dict())
+    assert "- Unsafe from p = 0.4\n" in model_card(alone, name="x")
 
 
 def test_what_is_not_known_is_said() -> None:

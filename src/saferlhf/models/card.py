@@ -106,7 +106,9 @@ def _calibration(calibration: Mapping[str, Any], metadata: ExportMetadata) -> li
     temperatures = ", ".join(f"{head} {_number(calibration[f'temperature_{head}'])}" for head in heads)
     second, third = calibration["thresholds_severity"]
     lines += ["", f"- Reads: {what}", f"- Temperatures: {temperatures}"]
-    lines.append(f"- Unsafe from p = {_number(calibration['threshold_unsafe'])}")
+    share = calibration.get("severity_share", 0.0)
+    by_severity = f", {_number(share)} of which the severity head says" if share else ""
+    lines.append(f"- Unsafe from p = {_number(calibration['threshold_unsafe'])}{by_severity}")
     if metadata.heads.get("severity"):
         lines.append(f"- Given unsafe, severity 2 from p(2 or 3) = {_number(second)}, 3 from p(3) = {_number(third)}")
     if calibration["categories"]:
