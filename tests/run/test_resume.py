@@ -32,6 +32,8 @@ from small_runs import (
     weights,
 )
 
+from saferlhf.config.files import write_json
+
 KILL = signal.SIGKILL
 Reference = Callable[..., Path]
 
@@ -196,6 +198,18 @@ def test_checkpoints_are_dropped_when_finished_and_only_then(server: RunServer, 
     assert metrics(folder) and weights(folder) and status(folder)["status"] == "running"
     assert server.run(*overrides).code == 0
     assert not list(folder.glob("checkpoints/*")) and status(folder)["status"] == "finished"
+
+
+def test_the_time_of_training_is_that_of_all_its_processes(server: RunServer, tmp_path: Path) -> None:
+    overrides = small("task=reward", f"output_root={tmp_path}")
+    assert server.run(*overrides, die={"signal": KILL, "at": "train_batch_start", "step": 7}).code == -KILL
+    folder = only_run(tmp_path)
+    trained = status(folder)["trained_s"]
+    assert trained >= 0
+    write_json(folder / "status.json", {**status(folder), "trained_s": trained + 500.0})
+    assert server.run(*overrides).code == 0
+    assert 500 < json.loads((folder / "metrics.json").read_text())["train/seconds"] < 600
+    assert 500 < status(folder)["trained_s"] < 600
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def _to_the_end(run: LocatedRun) -> tuple[dict[str, float], str | None]:
 def _carry_out(run: LocatedRun, tracked: list[Any]) -> tuple[dict[str, float], str | None]:
     """The stages; the tracker goes into `tracked` as soon as there is one. Final metrics, and how to compare runs."""
     from saferlhf.run.stages import evaluate_run, export_run, fit, prepare
-    from saferlhf.training.checkpoint import discard_checkpoints
+    from saferlhf.training.checkpoint import discard_checkpoints, seconds_trained
 
     folder = run.folder
     _remove_drafts(folder)
@@ -108,9 +108,9 @@ def _carry_out(run: LocatedRun, tracked: list[Any]) -> tuple[dict[str, float], s
     tracked.append(tracker)
     tracker.log_artifact(folder.path / "data_report.json")
     prepared.show_plan()
-    started = time.monotonic()
+    started, before = time.monotonic(), seconds_trained(folder)
     fit(prepared, tracker)
-    seconds = time.monotonic() - started
+    seconds = before + time.monotonic() - started
     folder.update_status(phase="evaluating")
     evaluation = evaluate_run(prepared)
     evaluation.metrics["train/seconds"] = round(seconds, 1)

@@ -164,6 +164,7 @@ class RunCheckpoint(L.Callback):
     ) -> None:
         self.folder, self.config, self.stop = folder, config, stop or GracefulStop()
         self._last_save = time.monotonic()
+        self._trained_s = 0.0 if resumed is None else seconds_trained(folder)  # up to `_last_save`
         self._saved_step = -1 if resumed is None else checkpoint_step(resumed)
         self._validated_step = -1
 
@@ -230,7 +231,10 @@ class RunCheckpoint(L.Callback):
                 str(self.folder.checkpoints),
                 f"make room; the same command {go_on}",
             ) from None
-        self._saved_step, self._last_save = step, time.monotonic()
+        now = time.monotonic()
+        self._trained_s += now - self._last_save
+        self._saved_step, self._last_save = step, now
+        self.folder.update_status(trained_s=round(self._trained_s, 1))
         for old in sorted(self.folder.checkpoints.glob(PATTERN))[: -self.config.keep]:
             old.unlink()
 
@@ -261,6 +265,11 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
     """The state with the most steps, if there is any."""
     found = sorted(folder.checkpoints.glob(PATTERN))
     return found[-1] if found else None
+
+
+def seconds_trained(folder: RunFolder) -> float:
+    """Seconds of training that the newest checkpoint stands for, in one process or in many; 0 without one."""
+    return float(folder.status().get("trained_s", 0.0)) if newest_checkpoint(folder) is not None else 0.0
 
 
 def discard_checkpoints(folder: RunFolder) -> None:
