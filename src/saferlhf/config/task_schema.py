@@ -108,7 +108,7 @@ class ProbeConfig(ModerationConfig):
     span: str = "all_and_response"  # all | prompt | response | both | all_and_response
     combine: str = "concatenate"  # concatenate | average
     folds: int = 5
-    l2: list[float] = field(default_factory=lambda: [0.3, 0.1, 0.03, 0.01])
+    l2: list[float] = field(default_factory=lambda: [1.0, 0.3, 0.1, 0.03, 0.01])
     kernel: KernelConfig = field(default_factory=lambda: KernelConfig())
     feature_dtype: str = "float16"  # float16 | float32
     batch_tokens: int = field(default=4096, metadata=OUTSIDE_IDENTITY)
