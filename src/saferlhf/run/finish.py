@@ -26,13 +26,12 @@ from saferlhf.training.curves import read_curves
 
 def finish(prepared: PreparedRun, evaluation: Evaluation, tracker: TrackingLogger) -> None:
     """Write everything into the run folder, and copies of the small things into tracking."""
-    folder = prepared.folder
-    metadata = _metadata(prepared, evaluation)
-    _export(prepared, evaluation, metadata)
-    write_json(folder.path / "data_report.json", prepared.rows.report.to_dict())
+    folder, data_report = prepared.folder, prepared.rows.report.to_dict()
+    _export(prepared, evaluation, data_report)
+    write_json(folder.path / "data_report.json", data_report)
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
     write_text(folder.path / "samples.jsonl", lines)
-    _page(prepared, evaluation)
+    _page(prepared, evaluation, data_report)
     write_json(folder.metrics, evaluation.metrics)
     _track(prepared, evaluation, tracker)
 
@@ -58,7 +57,7 @@ def _metadata(prepared: PreparedRun, evaluation: Evaluation) -> ExportMetadata:
     )
 
 
-def _export(prepared: PreparedRun, evaluation: Evaluation, metadata: ExportMetadata) -> None:
+def _export(prepared: PreparedRun, evaluation: Evaluation, data_report: dict[str, Any]) -> None:
     """Weights, tokenizer and model card."""
     config = prepared.config
 
@@ -67,7 +66,7 @@ def _export(prepared: PreparedRun, evaluation: Evaluation, metadata: ExportMetad
             completed,
             name=_run_name(prepared),
             metrics=evaluation.metrics,
-            data_report=data_markdown(prepared.rows.report.to_dict()),
+            data_report=data_markdown(data_report),
             config=yaml.safe_dump(asdict(config), sort_keys=False),
             data_licence=prepared.rows.licence,
             protocol=f"test split of {config.data.name}, intervals {config.evaluation.confidence:.0%} by bootstrap over"
@@ -83,14 +82,14 @@ def _export(prepared: PreparedRun, evaluation: Evaluation, metadata: ExportMetad
         model=model,
         adapter=adapter,
         tokenizer=prepared.tokenizer,
-        metadata=metadata,
+        metadata=_metadata(prepared, evaluation),
         merge=config.adapter.merge_on_export,
         base_unchanged=isinstance(config.task, ProbeConfig),
         card=card,
     )
 
 
-def _page(prepared: PreparedRun, evaluation: Evaluation) -> None:
+def _page(prepared: PreparedRun, evaluation: Evaluation, data_report: dict[str, Any]) -> None:
     """report.html: curves, numbers, data, settings."""
     config, folder = prepared.config, prepared.folder
     write_report(
@@ -99,7 +98,7 @@ def _page(prepared: PreparedRun, evaluation: Evaluation) -> None:
         subtitle=f"run {_run_name(prepared)}, seed {config.seed}",
         metrics=evaluation.metrics,
         config=asdict(config),
-        data_report=prepared.rows.report.to_dict(),
+        data_report=data_report,
         curves=read_curves(folder.path / "curves.jsonl"),
         step="rollout" if isinstance(config.task, PpoConfig) else "optimizer step",
         histograms=evaluation.histograms,
