@@ -6,7 +6,7 @@
 An entry of `results.yaml` names a page, the command (with {seed}), the seeds, the folder of the runs and the metrics.
 In the page the table stands between `<!-- results: NAME -->` and `<!-- end -->`; everything between is replaced. Seeds
 are columns, each value with its 95% interval over rows; the last column is the mean over seeds and, from three seeds
-on, the standard deviation between them.
+on, the standard deviation between them. Entries with `lines` put the parts of a pipeline side by side (`grids.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from grids import Grid, find_pipeline, read_grids, render_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,10 +54,10 @@ class Table:
     where: Mapping[str, Any]
 
 
-def read_tables(file: Path) -> dict[str, Table]:
+def read_tables(file: Path) -> dict[str, Table | Grid]:
     """The entries of `results.yaml`, by name."""
     entries = yaml.safe_load(file.read_text())
-    return {
+    tables: dict[str, Table | Grid] = {
         name: Table(
             name=name,
             page=entry["page"],
@@ -65,7 +68,9 @@ def read_tables(file: Path) -> dict[str, Table]:
             where=entry.get("where", {}),
         )
         for name, entry in entries.items()
+        if "lines" not in entry
     }
+    return tables | read_grids(entries)
 
 
 def find_run(table: Table, seed: int, outputs: Path) -> dict[str, float] | None:
@@ -137,24 +142,26 @@ def replace_block(text: str, name: str, body: str) -> str:
     return new
 
 
-def write(tables: Sequence[Table], outputs: Path) -> bool:
+def write(tables: Sequence[Table | Grid], outputs: Path) -> bool:
     """Fill the tables of which all seeds are finished; says what is missing of the others."""
     complete = True
     for table in tables:
-        found = {seed: find_run(table, seed, outputs) for seed in table.seeds}
+        find = find_pipeline if isinstance(table, Grid) else find_run
+        found = {seed: find(table, seed, outputs) for seed in table.seeds}  # type: ignore[arg-type]
         missing = [seed for seed, metrics in found.items() if metrics is None]
         if missing:
             complete = False
             print(f"{table.name}: no finished run of seed {', '.join(map(str, missing))} in {outputs / table.run}")
             continue
         page = ROOT / table.page
-        body = render(table, {seed: metrics for seed, metrics in found.items() if metrics})
+        known = {seed: metrics for seed, metrics in found.items() if metrics}
+        body = render_grid(table, known) if isinstance(table, Grid) else render(table, known)
         page.write_text(replace_block(page.read_text(), table.name, body))
         print(f"{table.name}: written to {table.page}")
     return complete
 
 
-def run(tables: Sequence[Table], outputs: Path) -> None:
+def run(tables: Sequence[Table | Grid], outputs: Path) -> None:
     """Run each command once for every seed; finished runs answer at once."""
     commands = dict.fromkeys(table.command.format(seed=seed) for table in tables for seed in table.seeds)
     for command in commands:

@@ -86,3 +86,27 @@ def test_every_table_has_its_place_and_its_command_composes(results: ModuleType,
         assert (program, script) == ("python", "train.py")
         answer = call("train", "--cfg", "job", *words)
         assert answer.code == 0, answer.err
+
+
+# ------------------------------------------------------------------------------------------------ grids
+def a_pipeline(outputs: Path, name: str, seed: int, metrics: dict[str, float], status: str = "finished") -> None:
+    folder, stage = outputs / "paper" / name, outputs / "paper-sft" / name
+    for path in (folder, stage):
+        path.mkdir(parents=True)
+    stages = {"sft": f"elsewhere/paper-sft/{name}"}
+    (folder / "status.json").write_text(json.dumps({"status": status, "updated": 1.0, "stages": stages}))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (stage / "config.yaml").write_text(yaml.safe_dump({"seed": seed}))
+
+
+def test_parts_of_a_pipeline_side_by_side(results: ModuleType, tmp_path: Path) -> None:
+    a_pipeline(tmp_path, "a", 7, {"ppo/x": 0.5, "ppo/x_low": 0.4, "ppo/x_high": 0.6, "dual/x": 2.0})
+    a_pipeline(tmp_path, "b", 8, {"ppo/x": 0.75}, status="running")
+    lines = {"PPO": "ppo", "dual": "dual"}
+    grid = results.Grid("g", "docs/x.md", "run seed={seed}", (7,), "paper", lines, {"what": "x", "none": "y"})
+    found = results.find_pipeline(grid, 7, tmp_path)
+    assert found is not None and results.find_pipeline(grid, 8, tmp_path) is None
+    text = results.render_grid(grid, {7: found, 9: {"ppo/x": 1.0}})
+    assert "`run seed=S` for S = 7, 9" in text
+    assert "| PPO | 0.500 (0.400 .. 0.600)<br>1.000 | <br> |" in text
+    assert "| dual | 2.000<br> | <br> |" in text

@@ -134,8 +134,11 @@ def test_the_plane_of_several_policies(tmp_path: Path, monkeypatch: pytest.Monke
     assert (x, y) == (0.9, 2.0)
     np.testing.assert_allclose(across, [[0.1], [0.05]])
     np.testing.assert_allclose(along, [[0.25], [0.5]])
-    # joined by how safe they are, whatever their order
-    assert drawn.lines == {"fixed weights": [(0.2, 2.9), (0.7, 2.2)], "best safe": [(1.0, 3.0)]}
+    # from the least to the most safe, whatever their order, straight between
+    line = np.array(drawn.lines.pop("front of fixed weights"))
+    np.testing.assert_allclose(line[[0, -1]], [(0.2, 2.9), (0.7, 2.2)])
+    np.testing.assert_allclose(line[:, 1], 2.9 - 1.4 * (line[:, 0] - 0.2))
+    assert drawn.lines == {"best safe": [(1.0, 3.0)]}
     assert plane_png(tmp_path / "b.png", policies, baseline="SFT", front=front)
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "new" / "a.png").read_bytes()
 
@@ -147,6 +150,25 @@ def test_a_plane_without_front_or_baseline(tmp_path: Path, monkeypatch: pytest.M
     assert not plane_png(tmp_path / "none.png", {"PPO": {"policy/mean_reward": 1.0}}, baseline="SFT")
     assert not plane_png(tmp_path / "none.png", {}, baseline="SFT")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_crowd_is_shown_larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five policies in a corner: a second panel around them, in which everything is drawn again; a weight that is
+    beaten on both counts is no part of the front."""
+    from matplotlib.axes import Axes
+
+    limits: list[dict[str, Any]] = []
+    put = Axes.set
+    monkeypatch.setattr(Axes, "set", lambda axes, **how: limits.append(how) or put(axes, **how))
+    drawn = Drawn(monkeypatch)
+    policies = {f"p{i}": measured(0.98 + i / 1000, 2.4 + i / 20) for i in range(5)}
+    policies |= {"reward alone": measured(0.3, 3.0), "refuses": measured(0.981, 0.0)}
+    assert plane_png(tmp_path / "a.png", policies, front=["reward alone", "p4", "refuses"])
+    assert size_of(tmp_path / "a.png")[0] > 1.4 * size_of(tmp_path / "a.png")[1] * 1.4
+    (closer,) = [how for how in limits if "xlim" in how]
+    assert closer["xlim"][0] < 0.98 and 0.984 < closer["xlim"][1] < 1.0
+    assert closer["ylim"][0] > 1.0 and 2.6 < closer["ylim"][1] < 3.0
+    assert min(height for _, height in drawn.lines["front of fixed weights"]) == pytest.approx(2.6)
 
 
 def test_an_interval_that_leaves_its_value_out(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from saferlhf.evaluation.drawing import DASHES, GRID, INK, SERIES, panel, to_svg
 from saferlhf.evaluation.plots import Curve
 from saferlhf.evaluation.policy_answers import PolicyAnswers
+from saferlhf.evaluation.policy_compare import height_of_front
 from saferlhf.evaluation.policy_metrics import BASELINE
 
 Floats = NDArray[np.float64]
@@ -31,8 +32,13 @@ _MARKS = (INK, GRID, *SERIES)
 _ON_WHITE = dict(zip(_MARKS, ("#1b1f24", "#d1d9e0", "#0072b2", "#d55e00", "#009e73", "#aa4499"), strict=True))
 _MOST_POINTS = 2_000  # of each policy; more make a blot
 
+_CROWD = 4  # so many points close together are shown larger
+
 Point = tuple[float, float, float]
 """A value and the ends of its interval."""
+
+Spot = tuple[float, float]
+"""x and y."""
 
 CONSTRAINT_CURVES = ("lambda", "cost", "reward")
 """Panels of the picture of a constraint at work, top to bottom."""
@@ -114,7 +120,7 @@ def plane_png(
         path: of the PNG.
         policies: heading -> metrics of its evaluation, with intervals.
         baseline: heading of the policy that all of them are measured against; None: it is not drawn.
-        front: headings that are joined by a line, by how safe they are.
+        front: headings of the policies that span the front (`policy_compare.height_of_front`).
         prefix: of the metrics' names.
     """
     places = {name: point for name, metrics in policies.items() if (point := _place(metrics, prefix)) is not None}
@@ -125,28 +131,64 @@ def plane_png(
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
-    line = sorted((places[name][0][0], places[name][1][0]) for name in front if name in places)
-    if len(line) > 1:
-        axes.plot(*zip(*line, strict=True), ":", color=_ON_WHITE[INK], linewidth=1.2, label="fixed weights")
+    best_key = f"{prefix}/best_safe_helpfulness"
+    best = next((m[best_key] for m in policies.values() if best_key in m), None)
+    fixed = [(places[name][0][0], places[name][1][0]) for name in front if name in places]
+    crowd = _crowd([(x[0], y[0]) for x, y in places.values()])
+    figure = Figure(figsize=(7.2 if crowd is None else 11.0, 4.4), layout="constrained")
+    axes, *closer = np.atleast_1d(figure.subplots(1, 1 if crowd is None else 2))
+    for panel_axes in (axes, *closer):
+        _draw_plane(panel_axes, places, fixed, best)
+    if crowd is not None:
+        closer[0].set(xlim=crowd[0], ylim=crowd[1], title="closer")
+        axes.indicate_inset((crowd[0][0], crowd[1][0], *map(_width, crowd)), edgecolor=_ON_WHITE[INK])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    _save(figure, path)
+    return True
+
+
+def _draw_plane(
+    axes: Any, places: Mapping[str, tuple[Point, Point]], fixed: Sequence[Spot], best: float | None
+) -> None:
+    """Points with their intervals, the front that the fixed weights span, the best reachable point."""
+    if len(fixed) > 1:
+        x, y = (np.array(values) for values in zip(*fixed, strict=True))
+        across = np.unique(np.concatenate([x, np.linspace(x.min(), x.max(), 200)]))
+        heights = [height_of_front(x, y, float(at)) for at in across]
+        axes.plot(across, heights, ":", color=_ON_WHITE[INK], linewidth=1.2, label="front of fixed weights")
     for number, (name, (x, y)) in enumerate(places.items()):
         colour, marker = _ON_WHITE[SERIES[number % len(SERIES)]], "os^Dv<>p"[number // len(SERIES) % 8]
         # a percentile interval of few prompts may leave its own value out
         spans = [[[max(point - low, 0.0)], [max(high - point, 0.0)]] for point, low, high in (x, y)]
         axes.errorbar(x[0], y[0], xerr=spans[0], yerr=spans[1], fmt=marker, color=colour, label=name, capsize=2)
-    best_key = f"{prefix}/best_safe_helpfulness"
-    best = next((m[best_key] for m in policies.values() if best_key in m), None)
     if best is not None:
-        axes.plot(1.0, best, "*", color=_ON_WHITE[INK], markersize=11, label="best safe", clip_on=False)
+        axes.plot(1.0, best, "*", color=_ON_WHITE[INK], markersize=11, label="best safe")
     axes.set_xlabel("share of safe responses")
     axes.set_ylabel("mean helpfulness")
     axes.grid(color=_ON_WHITE[GRID], linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    _save(figure, path)
-    return True
+
+
+def _width(span: Spot) -> float:
+    return span[1] - span[0]
+
+
+def _crowd(spots: Sequence[Spot]) -> tuple[Spot, Spot] | None:
+    """Limits around half of the points or more that share a tenth of the plane; None where nothing is crowded."""
+    if len(spots) < _CROWD:
+        return None
+    x, y = (np.array(values) for values in zip(*spots, strict=True))
+    middle = (float(np.median(x)), float(np.median(y)))
+    reach = [max(0.1 * float(np.ptp(values)), 1e-9) for values in (x, y)]
+    near = (abs(x - middle[0]) <= reach[0]) & (abs(y - middle[1]) <= reach[1])
+    if near.sum() < max(_CROWD, len(spots) / 2):
+        return None
+    limits = []
+    for values in (x[near], y[near]):
+        room = 0.25 * max(float(np.ptp(values)), 1e-3)
+        limits.append((float(values.min()) - room, float(values.max()) + room))
+    return limits[0], limits[1]
 
 
 def _place(metrics: Mapping[str, float], prefix: str) -> tuple[Point, Point] | None:
