@@ -12,8 +12,23 @@ from saferlhf.config.schema import DataConfig, EvaluateConfig, EvaluationConfig,
 from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.errors import UserError
 
-PROTOCOLS = ("preference", "moderation", "policy")
-"""What a suite may hold."""
+MEASURES = ("preference", "moderation", "policy")
+"""What can be measured of a model."""
+
+LAYOUTS = (
+    "auto",
+    "columns",
+    "dialogue",
+    "safe_unsafe",
+    "guard",
+    "openai_moderation",
+    "do_not_answer",
+    "xsafety",
+)
+"""Ways to write a record, those of `data/sources/layouts.py`."""
+
+ANSWERS = ("all", "better", "safer", "safe", "best", "response_0", "response_1")
+"""Which responses of a pair become answers, those of `data/melt.py`."""
 
 
 def check_config(config: TrainConfig) -> None:
@@ -29,16 +44,12 @@ def check_config(config: TrainConfig) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """The same for `evaluate.py`."""
-    one_of(config.mode, "mode", ["score", "moderate"])
+    one_of(config.mode, "mode", ["score", "moderate", "compare"])
     if config.split is not None:
         one_of(config.split, "split", ["train", "val", "test", "all"])
     one_of(config.suite.unfit, "suite.unfit", ["refuse", "skip"])
-    for protocol in config.suite.protocols:
-        one_of(protocol, "suite.protocols", PROTOCOLS)
-    if not config.suite.protocols:
-        raise UserError("nothing to measure", "suite.protocols", "choose from: " + " | ".join(PROTOCOLS))
-    if not config.model or not config.model.strip():
-        raise UserError("no model is named", "model", "give it on the command line: model=LOCATOR")
+    _check_measures(config)
+    _check_models(config)
     one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])
     _check_trainer_choices(config.trainer)
     _check_name(config.name)
@@ -54,6 +65,41 @@ def check_evaluate(config: EvaluateConfig) -> None:
     _confidence(config.evaluation)
     seeds({"seed": config.seed, "data.seed": config.data.seed})
     _check_source(config.data)
+
+
+def _check_models(config: EvaluateConfig) -> None:
+    if config.mode != "compare":
+        if config.models is not None:
+            raise UserError("several models are compared", "models", "add mode=compare, or name one: model=LOCATOR")
+        if not config.model or not config.model.strip():
+            raise UserError("no model is named", "model", "give it on the command line: model=LOCATOR")
+        return
+    mend = "models=[A,B], or with headings models={ours: A, theirs: [B, C]}"
+    if config.model:
+        raise UserError("a comparison names its models together", "model", mend)
+    if not isinstance(config.models, list | dict) or not config.models:
+        raise UserError("no models to compare are named", "models", mend)
+
+
+def _check_measures(config: EvaluateConfig) -> None:
+    for measure in config.suite.measures:
+        one_of(measure, "suite.measures", MEASURES)
+    if not (config.suite.measures or config.suite.protocols or config.protocol):
+        raise UserError("nothing to measure", "suite.measures", "choose from: " + " | ".join(MEASURES))
+    named = {f"suite.protocols.{name}": protocol for name, protocol in config.suite.protocols.items()}
+    if config.protocol is not None:
+        named = {"protocol": config.protocol}
+    for where, protocol in named.items():
+        _check_name(protocol.name)
+        one_of(protocol.unit, f"{where}.unit", ["response", "prompt", "pair"])
+        for measure in protocol.measures:
+            one_of(measure, f"{where}.measures", MEASURES)
+        if protocol.preference is not None:
+            one_of(protocol.preference, f"{where}.preference", ["better", "safer", "single"])
+        for number, peer in enumerate(protocol.peers):
+            one_of(peer.mark, f"{where}.peers.{number}.mark", ["published", "second-hand", "measured"])
+        positive({f"{where}.max_rows": protocol.max_rows})
+        _check_source(protocol.data)
 
 
 def _check_target(config: TrainConfig) -> None:
@@ -266,10 +312,10 @@ def _check_lengths(config: TrainConfig) -> None:
 
 def _check_source(data: DataConfig) -> None:
     one_of(data.source, "data.source", ["toyworld", "file", "mix"])
-    one_of(data.layout, "data.layout", ["auto", "columns", "dialogue", "safe_unsafe", "guard"])
+    one_of(data.layout, "data.layout", LAYOUTS)
     one_of(data.taxonomy, "data.taxonomy", ["auto", "open", "pku", "beavertails"])
     if data.answers is not None:
-        one_of(data.answers, "data.answers", ["all", "better", "safer", "safe", "best"])
+        one_of(data.answers, "data.answers", ANSWERS)
     if data.split is not None:
         one_of(data.split, "data.split", ["train", "val", "test"])
     if data.source == "mix":
@@ -277,13 +323,22 @@ def _check_source(data: DataConfig) -> None:
     elif data.parts:
         raise UserError("parts belong to a mixture", "data.parts", "choose data=mix")
     _check_annotators(data)
-    given = [key for key in ("path", "test_path", "columns", "hub", "split") if getattr(data, key) is not None]
+    _check_values(data)
+    keys = ("path", "test_path", "columns", "values", "hub", "split", "named_splits")
+    given = [key for key in keys if getattr(data, key) is not None]
     if data.source == "toyworld" and given:
         raise UserError(
             f"the toy world is generated, data.{given[0]} would be ignored",
             f"data={data.name}",
             "choose data=jsonl for a file of yours",
         )
+
+
+def _check_values(data: DataConfig) -> None:
+    for name, listed in (data.values or {}).items():
+        if not isinstance(listed, dict) or not listed:
+            mend = f"as data.values.{name}={{hateful: false, harmless: true}}"
+            raise UserError("a mapping of the file's values to ours is needed", f"data.values.{name}", mend)
 
 
 def _check_annotators(data: DataConfig) -> None:
@@ -306,7 +361,7 @@ def _check_mix(data: DataConfig) -> None:
     if not data.parts:
         mend = "as 'data.parts={pku_saferlhf: {}, hh_rlhf: {rows: 1000}}'"
         raise UserError("a mixture without parts", "data.parts", mend)
-    for key in ("path", "test_path", "columns", "hub", "subset", "split", "join"):
+    for key in ("path", "test_path", "columns", "values", "hub", "subset", "split", "named_splits", "join"):
         if getattr(data, key) is not None:
             mend = f"set it for one of them: data.parts.{next(iter(data.parts))}.{key}=..."
             raise UserError("parts have their own files", f"data.{key}", mend)

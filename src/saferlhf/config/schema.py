@@ -109,11 +109,17 @@ class DataConfig:
     subset: Optional[str] = None  # a key of `subsets`; null: all files
     subsets: dict[str, list[str]] = field(default_factory=dict)  # name -> patterns of files
     split: Optional[str] = None  # train | val | test: only these rows; null: all splits
-    layout: str = "auto"  # auto | columns | dialogue | safe_unsafe | guard
+    # false: `train` or `test` in a file's name is no split, all rows are of `split`; null: it is
+    named_splits: Optional[bool] = field(default=None, metadata=IF_GIVEN)
+    # auto | columns | dialogue | safe_unsafe | guard | openai_moderation | do_not_answer | xsafety
+    layout: str = "auto"
     join: Optional[dict[str, str]] = None  # row-aligned files: pattern -> their column that repeats the prompt
     # canonical column -> column of the file, several of which the first that is there counts, or null: left out
     columns: Optional[dict[str, Any]] = None
-    answers: Optional[str] = None  # responses of a pair that become answers: all | better | safer | safe | best
+    # canonical label column -> {value in the file: canonical value}
+    values: Optional[dict[str, Any]] = field(default=None, metadata=IF_GIVEN)
+    # responses of a pair that become answers: all | better | safer | safe | best | response_0 | response_1
+    answers: Optional[str] = None
     taxonomy: str = "auto"  # harm categories: auto | open | pku | beavertails
     check_hashes: bool = True
     # of a mixture: data set -> changed keys, rows, share; enters the identity with the fingerprint
@@ -128,6 +134,12 @@ class DataConfig:
     shuffle_sides: bool = True
     policy: DataPolicyConfig = field(default_factory=DataPolicyConfig)
     licence: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        # 0 and true are a number and a flag in YAML and texts in a CSV file: one spelling for both
+        for name, listed in (self.values or {}).items():
+            if isinstance(listed, dict) and self.values:
+                self.values = {**self.values, name: {str(key): value for key, value in listed.items()}}
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -259,12 +271,54 @@ class PipelineConfig:
 
 
 @dataclass
-class SuiteConfig:
-    """A named list of protocols."""
+class PeerConfig:
+    """A published number that a protocol's result is printed beside."""
+
+    model: str
+    value: float
+    ran_by: str  # own: its authors; else who ran it
+    source: str  # where it was published
+    mark: str = "published"  # published: seen in the source | second-hand: in somebody's summary | measured: by us
+    metric: Optional[str] = None  # null: the protocol's
+    note: Optional[str] = None
+
+
+@dataclass
+class ProtocolConfig:
+    """A named test: which rows, what they are held against, and what others reached."""
 
     name: str
-    protocols: list[str] = field(default_factory=list)
-    unfit: str = "refuse"  # refuse | skip: a protocol that is not for this kind of model
+    about: str  # one sentence: what the rows are
+    rule: str  # how a row's label follows from the file
+    # what is done with it, by kind of model: moderation | preference | policy
+    measures: list[str]
+    # metric by which it is told and compared, below the protocol's name
+    metric: str
+    data: DataConfig
+    # response: answers are judged; prompt: texts alone, off-protocol for a moderator of answers; pair
+    unit: str = "response"
+    # rows of the published test; beside ours where these are fewer
+    published_rows: Optional[int] = None
+    max_rows: Optional[int] = None  # null: all
+    per_group: bool = False  # `max_rows` of each group
+    # what the groups of rows are, from the coarsest: [language, topic] of groups like "en/drugs"
+    groups: list[str] = field(default_factory=list)
+    # label that orders pairs: better | safer | single; null: the model's own
+    preference: Optional[str] = None
+    # policies: all prompts ask for harm, or none does; null: by their labels
+    harmful: Optional[bool] = None
+    peers: list[PeerConfig] = field(default_factory=list)
+    note: Optional[str] = None  # what a reader of its numbers must know
+
+
+@dataclass
+class SuiteConfig:
+    """What is measured: on the rows of `data=`, and by protocols that bring their own."""
+
+    name: str
+    measures: list[str] = field(default_factory=list)  # preference | moderation | policy, on the rows of `data=`
+    protocols: dict[str, ProtocolConfig] = field(default_factory=dict)
+    unfit: str = "refuse"  # refuse | skip: what is not for this kind of model, and protocols whose rows are not here
 
 
 @dataclass
@@ -276,8 +330,14 @@ class EvaluateConfig:
     trainer: TrainerConfig
     tracking: TrackingConfig
     evaluation: EvaluationConfig
+    # one protocol in the place of the suite
+    protocol: Optional[ProtocolConfig] = None
+    # whose training rows the baselines of protocols learn from
+    baseline_data: Optional[DataConfig] = None
     model: Optional[str] = None
-    mode: str = "score"  # score | moderate
+    # mode=compare: a list of evaluations or models, or heading -> one or several (runs of one model)
+    models: Any = None
+    mode: str = "score"  # score | moderate | compare
     name: str = "evaluate"
     split: Optional[str] = None  # train | val | test | all; null: test to score, all to moderate
     baselines: bool = True

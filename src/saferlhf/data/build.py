@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 from saferlhf.config.data_parts import OF_THE_MIX, part_configs
@@ -41,6 +41,8 @@ class Splits(Generic[RowT]):
         report: what was found and done.
         fingerprint: hash over ids and labels of all rows in order; equal wherever the data lie.
         licence: licence of the rows, for the model card.
+        groups: row id -> the stratum that numbers are broken down by (language, topic, function, answering model), of
+            the rows that have one.
     """
 
     train: list[RowT]
@@ -49,6 +51,7 @@ class Splits(Generic[RowT]):
     report: DataReport
     fingerprint: str
     licence: str | None
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 def build_data(cfg: DataConfig, kind: type[RowT], needs: Sequence[str] = ()) -> Splits[RowT]:
@@ -80,9 +83,11 @@ def build_data(cfg: DataConfig, kind: type[RowT], needs: Sequence[str] = ()) -> 
     for split in ("test", "val", "train"):
         if split in given:
             bad, lines = source.bad.get(split, ()), source.lines.get(split, ())
-            checked[split] = checker.rows(given[split], split, needs, bad, held_out, lines)
+            groups = source.line_groups.get(split, ())
+            checked[split] = checker.rows(given[split], split, needs, bad, held_out, lines, groups)
             held_out[split] = prompt_keys(checked[split])
     checker.raise_first()
+    source.groups |= checker.groups
     wanted = {split: _as_wanted(rows, row_kind, split, source, cfg, report) for split, rows in checked.items()}
     if cfg.source == "mix":
         wanted["train"] = draw(cfg, wanted["train"], source.part_of)
@@ -105,6 +110,7 @@ def build_data(cfg: DataConfig, kind: type[RowT], needs: Sequence[str] = ()) -> 
         report=report,
         fingerprint=rows_fingerprint(train, val, test),
         licence=cfg.licence,
+        groups={row.id: source.groups[row.id] for row in (*train, *val, *test) if row.id in source.groups},
     )
 
 
@@ -123,12 +129,12 @@ def _cut_splits(cfg: DataConfig, checked: dict[str, list[Row]]) -> dict[str, lis
 def _as_wanted(
     rows: Sequence[Row], kind: type[Row], split: str, source: SourceRows, cfg: DataConfig, report: DataReport
 ) -> list[Row]:
-    """Checked rows of a split as the task wants them; rows taken out of others keep place and part."""
+    """Checked rows of a split as the task wants them; rows taken out of others keep place, part and stratum."""
     melted, counts = as_kind(rows, kind, cfg.answers)
     if counts.total():
         report.melted[split] = {name: counts[name] for name in ("made", "repeated", "other_labels")}
     for row, origin in melted:
-        for known in (source.places, source.part_of):
+        for known in (source.places, source.part_of, source.groups):
             if row.id not in known and origin in known:
                 known[row.id] = known[origin]
     return [row for row, _ in melted]

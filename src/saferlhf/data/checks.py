@@ -86,11 +86,13 @@ class RowChecker:
 
     Attributes:
         places: row id -> place in a file, for messages.
+        groups: row id -> stratum of the rows that were kept.
     """
 
     policy: DataPolicyConfig
     report: DataReport
     places: Mapping[str, str]
+    groups: dict[str, str] = field(default_factory=dict, init=False)
     _first: tuple[Order, UserError] | None = field(default=None, init=False)
     _errors: int = field(default=0, init=False)
     _lines: Sequence[str] = field(default=(), init=False)
@@ -103,6 +105,7 @@ class RowChecker:
         bad: Sequence[BadValue] = (),
         held_out: Mapping[str, Iterable[str]] | None = None,
         lines: Sequence[str] = (),
+        groups: Sequence[str] = (),
     ) -> list[Row]:
         """The rows that pass; kept duplicates get ids of their own, so that ids are unique within a split.
 
@@ -113,6 +116,7 @@ class RowChecker:
             bad: the records of the split that could not become a row.
             held_out: split -> prompt keys that this split must not have.
             lines: place of each row; without them a row that stands twice has the place of the first.
+            groups: stratum of each row, "" for none; a kept duplicate may stand in another one than the first.
         """
         self._lines = lines
         held_out = {name: set(keys) for name, keys in (held_out or {}).items()}
@@ -137,6 +141,8 @@ class RowChecker:
                 if fault is not None and self._apply("overlap", fault, checked, split, order) is None:
                     continue
             kept.append(checked)
+            if group := groups[order[1]] if order[2] and order[1] < len(groups) else "":
+                self.groups.setdefault(checked.id, group)
         return kept
 
     def near(self, rows: Sequence[Row], split: str, held_out: Iterable[str]) -> list[Row]:

@@ -5,7 +5,10 @@ columns what `response_0`, `response_1`, `better_response_id` and `single_respon
 be a dotted path into nested objects (`extra.question`), columns whose texts are joined (`instruction + input`), or a
 list of columns of which the first that is there counts; null leaves a column out. Prompts are text or lists of chat
 turns; `chosen` and `rejected` may be whole conversations, whose last turn is the response. Columns nobody asked for are
-ignored.
+ignored. One column may feed several: a set of statements has the same text as prompt and as response.
+
+Two more mappings go with it: `values` translates labels written in other words, and the pseudo column `group` names the
+stratum of a row, which stands beside the rows and is no part of them.
 
 A record that cannot become a row raises `BadValue`; it never ends the reading, `data.policy` says what happens to it.
 
@@ -17,12 +20,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from saferlhf.data.files import Record
-from saferlhf.data.parse import MISSING, BadValue, Reader, lookup
+from saferlhf.data.parse import GROUP, MISSING, BadValue, Reader, lookup, raw_key
 from saferlhf.data.rows import PreferencePair, Prompt, PromptRow, QuestionAnswer, Row, content_id
 from saferlhf.errors import UserError
 
@@ -35,11 +38,13 @@ class Columns:
         kind: the record type to build.
         names: canonical column -> column or dotted path; only columns that the file has.
         check_hashes: whether the hash rule is checked where the file has hashes.
+        values: canonical label column -> value in the file, as `raw_key` writes it -> canonical value.
     """
 
     kind: type[Row]
     names: Mapping[str, str]
     check_hashes: bool = True
+    values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def chosen_style(self) -> bool:
@@ -52,7 +57,7 @@ class Columns:
         Raises:
             BadValue: a value of the wrong type, a severity out of range or a wrong hash, named by column and place.
         """
-        read = Reader(record, self.names)
+        read = Reader(record, self.names, self.values)
         if self.kind is PromptRow:
             prompt = read.prompt("prompt")
             return PromptRow(prompt_id(prompt), prompt)
@@ -64,6 +69,14 @@ class Columns:
         if self.check_hashes:
             _check_hashes(read, row)
         return row
+
+    def group(self, record: Record) -> str | None:
+        """The stratum of a record; None where it has none.
+
+        Raises:
+            BadValue: a mapped column that holds an object or a list.
+        """
+        return Reader(record, self.names).group()
 
     def hashes(self, record: Record) -> int:
         """How many hashes of a record the hash rule can be checked against."""
@@ -85,16 +98,28 @@ def canonical_columns(kind: type[Row]) -> tuple[str, ...]:
 
 
 def choose_columns(
-    kind: type[Row], mapping: Mapping[str, Any] | None, sample: Sequence[Record], check_hashes: bool = True
+    kind: type[Row],
+    mapping: Mapping[str, Any] | None,
+    sample: Sequence[Record],
+    check_hashes: bool = True,
+    values: Mapping[str, Any] | None = None,
 ) -> Columns:
     """Settle the mapping once, on the first records of a file.
 
     Label columns are optional: rows without them are unlabelled, and a task that needs the label says so later.
 
+    Args:
+        kind: of the rows to build.
+        mapping: canonical column -> column of the file, several of which the first that is there counts, or None.
+        sample: the first records.
+        check_hashes: whether the hash rule is to be checked.
+        values: canonical label column -> value in the file -> canonical value.
+
     Raises:
-        UserError: an unknown canonical name, a mapped column the file has not, or a needed column that is nowhere.
+        UserError: an unknown canonical name, a mapped column the file has not, a needed column that is nowhere, or
+            values of what is no label.
     """
-    known = (*canonical_columns(kind), *HASH_COLUMNS[kind])
+    known = (*canonical_columns(kind), *HASH_COLUMNS[kind], GROUP)
     columns = list(dict.fromkeys(column for record in sample for column in record.values))
     there, place = ", ".join(columns) or "none", sample[0].place
     explicit, left_out = {}, set()
@@ -121,7 +146,49 @@ def choose_columns(
     for name in (*(() if talks else ("prompt",)), *needed):
         if name not in names:
             raise _missing_column(name, kind, there, place)
-    return Columns(kind, names, check_hashes)
+    translated = {name: listed for name, listed in label_values(values).items() if name in canonical_columns(kind)}
+    for name in translated:
+        if name not in names:
+            mend = f"there are: {there}; map one of them: data.columns.{name}=COLUMN"
+            raise UserError(f"data.values.{name} is given and no column feeds '{name}'", place, mend)
+    return Columns(kind, names, check_hashes, translated)
+
+
+def label_values(values: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The mapping of `data.values` with raw values as `raw_key` writes them.
+
+    Raises:
+        UserError: a name of no label column, a canonical value that is none, or one raw value twice.
+    """
+    known = [name for name in _known_names() if name not in (*_TEXTS, GROUP) and "sha256" not in name]
+    out: dict[str, dict[str, Any]] = {}
+    for name, listed in (values or {}).items():
+        where = f"data.values.{name}"
+        if str(name) not in known:
+            near = difflib.get_close_matches(str(name), known, n=1) or [", ".join(known)]
+            raise UserError(f"there is no label column '{name}'", where, f"did you mean {near[0]}?")
+        out[str(name)] = {}
+        for raw, value in listed.items():
+            key = raw_key(raw) or ""
+            if key in out[str(name)]:
+                raise UserError(f"'{raw}' is listed twice", where, "values that differ in case only are the same")
+            read, needed = _LABEL_READERS[str(name).rpartition("_")[2]]
+            try:
+                read(Reader(Record({name: value}, where), {name: name}), name)
+            except BadValue:
+                raise UserError(f"'{raw}' stands for {value!r}, {needed} is needed", where, "mend the list") from None
+            out[str(name)][key] = value
+    return out
+
+
+_TEXTS = ("prompt", "response", "response_0", "response_1", "chosen", "rejected")
+_LABEL_READERS: dict[str, tuple[Callable[[Reader, str], Any], str]] = {
+    # by the last word of the label column
+    "safe": (Reader.flag, "true or false"),
+    "id": (Reader.side, "0, 1 or -1 (not labelled)"),
+    "level": (Reader.severity, "a severity from 0 to 3"),
+    "category": (Reader.categories, "a list of names"),
+}
 
 
 def holds(sample: Sequence[Record], mapping: Mapping[str, Any] | None, *names: str) -> bool:
@@ -139,7 +206,7 @@ def _mapping(mapping: Mapping[str, Any] | None) -> dict[str, tuple[str, ...]]:
     Raises:
         UserError: a name that no kind of row has.
     """
-    known = list(dict.fromkeys(n for kind in HASH_COLUMNS for n in (*canonical_columns(kind), *HASH_COLUMNS[kind])))
+    known = _known_names()
     out = {}
     for name, given in (mapping or {}).items():
         if str(name) not in known:
@@ -150,6 +217,12 @@ def _mapping(mapping: Mapping[str, Any] | None) -> dict[str, tuple[str, ...]]:
     return out
 
 
+def _known_names() -> list[str]:
+    """Canonical columns of all kinds of rows."""
+    own = (name for kind in HASH_COLUMNS for name in (*canonical_columns(kind), *HASH_COLUMNS[kind]))
+    return [*dict.fromkeys(own), GROUP]
+
+
 def _pair_columns(found: dict[str, str], explicit: dict[str, str]) -> dict[str, str]:
     """Keep one of the two ways to write a pair; an explicit mapping decides, then PKU-SafeRLHF's own names."""
     sides = ("response_0", "response_1")
@@ -158,7 +231,7 @@ def _pair_columns(found: dict[str, str], explicit: dict[str, str]) -> dict[str, 
     )
     chosen_way = not own_way and any(name in found for name in ("chosen", "rejected"))
     # labels by response index mean nothing when the sides come from chosen and rejected
-    keep = ("prompt", "chosen", "rejected") if chosen_way else tuple(set(found) - {"chosen", "rejected"})
+    keep = ("prompt", "chosen", "rejected", GROUP) if chosen_way else tuple(set(found) - {"chosen", "rejected"})
     return {name: column for name, column in found.items() if name in keep}
 
 
@@ -274,6 +347,7 @@ __all__ = [
     "canonical_columns",
     "choose_columns",
     "holds",
+    "label_values",
     "pair_id",
     "prompt_id",
 ]

@@ -1,9 +1,13 @@
 """Files: find them, hash them, and read their records with the place each one came from.
 
-Formats: JSON lines, JSON (a list of objects), CSV, TSV and Parquet; all but Parquet also compressed as .gz or .xz. A
-folder stands for all such files below it; where their names say train, validation or test they keep to these splits.
-Records are read one by one, so that a broken line is named by file and line number and a large file needs no second
-copy.
+Formats: JSON lines, JSON (a list of objects), CSV, TSV and Parquet; all but Parquet also compressed as .gz or .xz; and
+.tar.gz archives of CSV and TSV files, whose members are read one after the other. A folder stands for all such files
+below it, for archives only where it has nothing else; where their names say train, validation or test they keep to
+these splits. Records are read one by one, so that a broken line is named by file and line number and a large file needs
+no second copy.
+
+Archives come from strangers: members are read as a stream and never written to the disk; links, devices and hidden
+files are passed over, and a member that unpacks to more than `MEMBER_BYTES` is refused.
 """
 
 from __future__ import annotations
@@ -13,19 +17,28 @@ import difflib
 import fnmatch
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import re
 import sys
+import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from saferlhf.errors import UserError
 
 FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
 COMPRESSIONS = ("gz", "xz")
+ARCHIVE = "tar"
+"""Format of a .tar.gz archive; none of `FORMATS`, since it holds files instead of records."""
+
+MEMBER_BYTES = 64 * 2**20
+"""Largest unpacked size of an archive's member, in bytes."""
+
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -40,12 +53,14 @@ _SPLIT_WORDS = {
 class Record(NamedTuple):
     """One raw record: its columns, and its place as `file:line` (text formats) or `file, row n`.
 
-    A line that cannot be read is a record without columns; `fault` says what is wrong with it.
+    A line that cannot be read is a record without columns; `fault` says what is wrong with it. `file` is the path of a
+    CSV file, or a member's path within its archive, for layouts in which files have telling names.
     """
 
     values: dict[str, Any]
     place: str
     fault: UserError | None = None
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,9 +112,11 @@ def resolve_path(path: str, root: str | None, key: str) -> Path:
     raise UserError(f"no such file or folder: {wanted}", key, mend)
 
 
-def format_of(path: Path) -> str | None:
-    """`jsonl`, `json`, `csv`, `tsv` or `parquet` by the file's name; None for anything else."""
+def format_of(path: PurePath) -> str | None:
+    """`jsonl`, `json`, `csv`, `tsv`, `parquet` or `tar` (.tar.gz) by the file's name; None for anything else."""
     suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes]
+    if suffixes[-2:] == ["tar", "gz"]:
+        return ARCHIVE
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in FORMATS:
@@ -119,14 +136,16 @@ def find_files(path: Path, key: str = "data.path", patterns: Sequence[str] = ())
     Raises:
         UserError: a folder without a data file, or a file of an unknown format.
     """
-    known = ", ".join(f".{name}" for name in FORMATS)
+    known = f"known are {', '.join(f'.{name}' for name in FORMATS)}, also with .gz or .xz, and .tar.gz of CSV files"
     if path.is_file():
         if format_of(path) is None:
-            raise UserError(f"unknown file format: {path.name}", key, f"known are {known}, also with .gz or .xz")
+            raise UserError(f"unknown file format: {path.name}", key, known)
         return FileSet(path.parent, train=(path,))
     found = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) is not None and not _hidden(p, path))
+    # an archive beside data files mostly holds the same files
+    found = [p for p in found if format_of(p) != ARCHIVE] or found
     if not found:
-        raise UserError(f"no data file in the folder {path}", key, f"known are {known}, also with .gz or .xz")
+        raise UserError(f"no data file in the folder {path}", key, known)
     if patterns:
         below = {p: f"/{p.relative_to(path).as_posix().lower()}" for p in found}
         wanted = [p for p in found if any(fnmatch.fnmatchcase(below[p], pattern.lower()) for pattern in patterns)]
@@ -175,19 +194,29 @@ def content_hash(files: Sequence[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of one file.
+def read_records(path: Path, header: bool = True) -> Iterator[Record]:
+    """The records of one file, or of all members of an archive.
+
+    Args:
+        path: of a known format.
+        header: whether the first line of a CSV file names its columns; else they are called `1`, `2`, ...
 
     Raises:
         UserError: a line that cannot be parsed or is no object, named by file and line; a broken archive; no UTF-8.
     """
-    readers = {"jsonl": _read_lines, "json": _read_json, "csv": _read_csv, "tsv": _read_csv, "parquet": _read_parquet}
+    readers = {"jsonl": _read_lines, "json": _read_json, "parquet": _read_parquet}
     kind = format_of(path)
     if kind is None:
         raise UserError(f"unknown file format: {path.name}", str(path))
     try:
-        yield from readers[kind](path)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        if kind == ARCHIVE:
+            yield from _read_archive(path, header)
+        elif kind in ("csv", "tsv"):
+            with _open_text(path) as stream:
+                yield from _read_csv(stream, str(path), kind, header, path.as_posix())
+        else:
+            yield from readers[kind](path)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, tarfile.TarError) as error:
         raise UserError(f"broken archive: {error}", str(path), "fetch or write the file again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text (byte {error.start})", str(path), "save the file as UTF-8") from error
@@ -246,20 +275,54 @@ def _read_json(path: Path) -> Iterator[Record]:
             yield Record({}, place, error)
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
+def _read_csv(stream: IO[str], where: str, kind: str, header: bool, file: str) -> Iterator[Record]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the module's 128 kB would refuse long answers
-    with _open_text(path) as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if format_of(path) == "tsv" else ",", strict=True)
-        try:
-            for values in reader:
-                place = f"{path}:{reader.line_num}"
-                if values.pop(None, None) is not None:  # type: ignore[call-overload]
-                    mend = "quote fields that hold the separator"
-                    yield Record({}, place, UserError("more fields than the header has", place, mend))
-                else:
-                    yield Record(values, place)
-        except csv.Error as error:
-            raise UserError(f"not CSV: {error}", f"{path}:{reader.line_num}", "mend or remove the line") from error
+    rows = csv.DictReader if header else csv.reader
+    reader: Any = rows(stream, delimiter="\t" if kind == "tsv" else ",", strict=True)  # type: ignore[operator]
+    try:
+        for fields in reader:
+            place = f"{where}:{reader.line_num}"
+            values = fields if header else {str(number): text for number, text in enumerate(fields, start=1)}
+            if header and values.pop(None, None) is not None:
+                mend = "quote fields that hold the separator"
+                yield Record({}, place, UserError("more fields than the header has", place, mend))
+            elif values:  # a blank line of a file without a header has no fields
+                yield Record(values, place, file=file)
+    except csv.Error as error:
+        raise UserError(f"not CSV: {error}", f"{where}:{reader.line_num}", "mend or remove the line") from error
+
+
+def _read_archive(path: Path, header: bool) -> Iterator[Record]:
+    found = False
+    # as a pipe: members come in their order, nothing is sought, nothing lands on the disk. Unpacked by gzip, since
+    # tarfile's own pipe takes an archive that was cut off for a short one
+    with gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as archive:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            kind = name.suffix.lstrip(".").lower()
+            if not member.isfile() or kind not in ("csv", "tsv") or any(part.startswith(".") for part in name.parts):
+                continue
+            found = True
+            # a name is a stranger's text too: an error stays one line
+            where = f"{path}:{''.join(letter if letter.isprintable() else '?' for letter in member.name)}"
+            if member.size > MEMBER_BYTES:
+                what = f"this member has {member.size:,} bytes, {MEMBER_BYTES:,} at most are read"
+                mend = "unpack the archive and name the folder in data.path"
+                yield Record({}, where, UserError(what, where, mend))
+                continue
+            content = archive.extractfile(member)
+            assert content is not None, "a regular file has content"
+            # whole, since a pipe in an archive lacks what a text stream asks for; the limit keeps it small
+            with io.TextIOWrapper(io.BytesIO(content.read()), encoding="utf-8-sig", newline="") as stream:
+                try:
+                    yield from _read_csv(stream, where, kind, header, member.name)
+                except UnicodeDecodeError as error:
+                    what = f"not UTF-8 text (byte {error.start})"
+                    raise UserError(what, where, "save the file as UTF-8") from error
+        while unpacked.read(2**20):  # to the end, where the checksum stands
+            pass
+    if not found:
+        raise UserError("no CSV file in this archive", str(path), "pack CSV or TSV files into it, or unpack it")
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:

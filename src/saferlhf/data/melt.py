@@ -1,13 +1,16 @@
 """Melt: pairs taken apart into answers or prompts, after they were checked as pairs.
 
 Every response of a pair becomes one answer with its own labels; a response that several pairs share stays once, as it
-was labelled first. `data.answers` may take only some of them: demonstrations must not teach unsafe responses.
+was labelled first. `data.answers` may take only some of them: demonstrations must not teach unsafe responses. Published
+numbers over one side of the pairs are over all pairs, so `response_0` and `response_1` give an answer for each of them,
+those that several pairs share too, as each was labelled there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from saferlhf.data.columns import answer_id, prompt_id
 from saferlhf.data.rows import PreferencePair, PromptRow, QuestionAnswer, Row
@@ -29,6 +32,7 @@ def as_kind(rows: Iterable[Row], kind: type[Row], answers: str | None = None) ->
     """
     out: Melted = []
     counts: Counter[str] = Counter()
+    copies: Counter[str] = Counter()
     seen: dict[str, Row] = {}
     for row in rows:
         if isinstance(row, kind):
@@ -39,7 +43,10 @@ def as_kind(rows: Iterable[Row], kind: type[Row], answers: str | None = None) ->
             assert isinstance(row, PreferencePair) and kind is QuestionAnswer, "rows are not put together into pairs"
             made = [answer_of(row, side) for side in ANSWERS[answers or "all"](row)]
         for new in made:
-            if new.id in seen:
+            if new.id in seen and new is not row and kind is QuestionAnswer and answers in ONE_OF_EACH:
+                copies[new.id] += 1
+                new = replace(new, id=f"{new.id}-{copies[new.id]}")
+            elif new.id in seen:
                 counts["repeated"] += 1
                 counts["other_labels"] += seen[new.id] != new
                 continue
@@ -79,7 +86,13 @@ ANSWERS: dict[str, Callable[[PreferencePair], list[int]]] = {
     "safe": lambda row: [side for side in (0, 1) if _safe(row)[side]],
     # the better one, else the preferred, else the safer; never one that is labelled unsafe
     "best": lambda row: [s for s in _winner(row, "better", "single", "safer") if _safe(row)[s] is not False],
+    # sides as the file has them: shuffling comes later
+    "response_0": lambda row: [0],
+    "response_1": lambda row: [1],
 }
 """`data.answers` -> sides of a pair."""
+
+ONE_OF_EACH = ("response_0", "response_1")
+"""Those that give one answer for each pair, repeated ones with ids of their own."""
 
 __all__ = ["ANSWERS", "Melted", "answer_of", "as_kind"]

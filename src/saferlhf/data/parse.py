@@ -1,7 +1,9 @@
 """Parse: typed values out of one raw record; every refusal is a `BadValue` that names the column and the place.
 
 Labels come as JSON, CSV and Parquet write them: `true`, `1` and `"True"` are one flag, -1 and nothing are no label,
-harm categories are an object of flags or a list of names, also where CSV holds these as text.
+harm categories are an object of flags or a list of names, also where CSV holds these as text. Labels in words of their
+own (`hateful`, `2_full_refusal`) are translated by a list of all of them, `data.values`; one that is not in it is at
+fault, since a misspelt label must not pass for its opposite.
 """
 
 from __future__ import annotations
@@ -64,6 +66,10 @@ class BadValue(UserError):
 JOIN = " + "
 """Between columns whose texts make one, as Alpaca's instruction and input."""
 
+GROUP = "group"
+"""The column of a row's stratum (language, topic, function, answering model). No kind of row has it: it stands beside
+the rows, by their ids."""
+
 
 def lookup(values: Any, column: str) -> Any:
     """The value of a column, or of a dotted path when no column has the whole name.
@@ -89,11 +95,31 @@ def _joined(parts: Sequence[Any]) -> Any:
     return next((part for part in present if not isinstance(part, str)), None) or "\n".join(present)
 
 
-class Reader:
-    """Typed access to one record by canonical names; every refusal is a `BadValue` with the column and the place."""
+def raw_key(value: Any) -> str | None:
+    """What a raw label is listed under in `data.values`; None for what is no single value.
 
-    def __init__(self, record: Record, names: Mapping[str, str]) -> None:
-        self.record, self.names = record, names
+    However a file writes it: `1`, `1.0` and `" 1"` are alike, so are `true` and `"True"`, letters of any case; nothing
+    is the empty text.
+    """
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip().casefold() if isinstance(value, str | int | float) else None
+
+
+class Reader:
+    """Typed access to one record by canonical names; every refusal is a `BadValue` with the column and the place.
+
+    Args:
+        names: canonical column -> column of the file.
+        values: canonical label column -> `raw_key` of a value in the file -> canonical value.
+    """
+
+    def __init__(
+        self, record: Record, names: Mapping[str, str], values: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        self.record, self.names, self.values = record, names, values or {}
 
     def value(self, name: str) -> Any:
         """The raw value; None where the mapping or the row has no such column."""
@@ -158,7 +184,7 @@ class Reader:
 
     def optional(self, name: str, parse: Callable[[Any], Any], needed: str) -> Any:
         """A label, or None where there is none."""
-        value = self.value(name)
+        value = self.translated(name, self.value(name))
         if value is None or value == "" or (isinstance(value, float) and value != value):
             return None
         parsed = parse(value)
@@ -167,9 +193,34 @@ class Reader:
             raise self.error("bad_label", what)
         return parsed
 
+    def translated(self, name: str, value: Any) -> Any:
+        """The canonical value that `data.values` lists for a raw one; the raw one where nothing is listed."""
+        listed, key = self.values.get(name), raw_key(value)
+        if listed is None or (key == "" and key not in listed):  # nothing is no label, unless told otherwise
+            return value
+        if key is None or key not in listed:
+            what = f"column '{self.names[name]}' holds a value that data.values.{name} does not list"
+            raise self.error("bad_label", what, f"listed are {', '.join(listed)}; add it, or mend the row")
+        return listed[key]
+
+    def group(self) -> str | None:
+        """The stratum that numbers are broken down by; the columns of `a + b` are joined by a slash."""
+        column = self.names.get(GROUP)
+        if column is None:
+            return None
+        there = column in self.record.values
+        parts = [lookup(self.record.values, part.strip()) for part in ([column] if there else column.split(JOIN))]
+        found = [part for part in parts if part is not MISSING and raw_key(part) != ""]
+        if any(raw_key(part) is None for part in found):
+            if column == GROUP:  # nobody asked for it: an object of the file's own that happens to be called so
+                return None
+            what = f"column '{column}' holds no single value, a group needs text or a number"
+            raise self.error("bad_label", what, f"set data.columns.{GROUP} to another column, or to null")
+        return "/".join(str(part).strip() for part in found) or None
+
     def flag(self, name: str) -> bool | None:
         """True or false."""
-        return self.optional(name, _as_bool, "true or false")  # type: ignore[no-any-return]
+        return self.optional(name, as_bool, "true or false")  # type: ignore[no-any-return]
 
     def side(self, name: str) -> int | None:
         """0 or 1; -1 is no label."""
@@ -192,7 +243,8 @@ class Reader:
         return self.optional(name, _as_categories, "an object of true/false or a list of names")  # type: ignore[no-any-return]
 
 
-def _as_bool(value: Any) -> bool | None:
+def as_bool(value: Any) -> bool | None:
+    """A flag as JSON, CSV or Parquet write it; None for anything else."""
     if isinstance(value, str):
         return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
     return bool(value) if value in (0, 1) else None
@@ -212,7 +264,7 @@ def _as_categories(value: Any) -> frozenset[str] | None:
     if isinstance(value, str):  # CSV, and JSON that holds a dict as Python writes it
         value = _literal(value)
     if isinstance(value, Mapping):
-        flags = {str(name): _as_bool(flag) for name, flag in value.items()}
+        flags = {str(name): as_bool(flag) for name, flag in value.items()}
         return None if None in flags.values() else frozenset(name for name, flag in flags.items() if flag)
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return frozenset(value)

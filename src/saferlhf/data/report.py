@@ -41,7 +41,8 @@ MAX_PLACES = 3
 
 def short_place(place: str) -> str:
     """A place without its folder, which is nobody's business where the report is published."""
-    return place.rpartition("/")[2]
+    archive, mark, member = place.partition(".tar.gz:")
+    return f"{archive.rpartition('/')[2]}{mark}{member}" if mark else place.rpartition("/")[2]
 
 
 @dataclass

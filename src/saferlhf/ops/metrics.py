@@ -141,14 +141,14 @@ def weighted_auroc(scores: ArrayLike, labels: ArrayLike) -> Callable[[Floats], f
 
     Args:
         scores: (n,).
-        labels: (n,) 1 positive, 0 negative.
+        labels: (n,) 1 or True = positive, 0 or False = negative, -1 = left out.
 
     Returns:
         a function from weights (n,), row i counted weights[i] times, to the AUROC or None.
     """
-    values, truth = _finite(scores), np.asarray(labels).astype(bool)
+    values, truth = _finite(scores), np.asarray(labels).astype(np.int64)
     order = np.argsort(values, kind="stable")
-    sorted_values, positive = values[order], truth[order]
+    sorted_values, positive, negative = values[order], truth[order] == 1, truth[order] == 0
     # first index of each run of equal scores
     starts = np.flatnonzero(np.concatenate(([True], np.diff(sorted_values) > 0))) if values.size else np.zeros(0, int)
 
@@ -157,7 +157,7 @@ def weighted_auroc(scores: ArrayLike, labels: ArrayLike) -> Callable[[Floats], f
             return None
         sorted_weights = np.asarray(weights, dtype=np.float64)[order]
         positives = np.add.reduceat(sorted_weights * positive, starts)
-        negatives = np.add.reduceat(sorted_weights * ~positive, starts)
+        negatives = np.add.reduceat(sorted_weights * negative, starts)
         whole = positives.sum() * negatives.sum()
         if whole == 0:
             return None
@@ -172,9 +172,10 @@ def average_precision(scores: ArrayLike, labels: ArrayLike) -> float | None:
 
     Args:
         scores: (n,).
-        labels: (n,) 1 or True = positive, 0 or False = negative.
+        labels: (n,) 1 or True = positive, 0 or False = negative, -1 = left out.
     """
-    values, truth = _finite(scores), np.asarray(labels).astype(bool)
+    values, given = _finite(scores), np.asarray(labels).astype(np.int64)
+    values, truth = values[given >= 0], given[given >= 0] == 1
     if not truth.any():
         return None
     order = np.argsort(-values, kind="stable")

@@ -25,6 +25,8 @@ class SourceRows:
         revision: commit of a data set from the hub.
         notes: what else was done to the rows, a sentence each.
         part_of: row id -> the part of a mixture it came from; empty otherwise.
+        groups: row id -> its stratum; of a row that stands more than once the first one that it stands in.
+        line_groups: split -> stratum of each row, in order, "" for none; empty where no row has one.
     """
 
     train: list[Row]
@@ -39,6 +41,8 @@ class SourceRows:
     revision: str | None = None
     notes: list[str] = field(default_factory=list)
     part_of: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    line_groups: dict[str, list[str]] = field(default_factory=dict)
 
 
 Source = Callable[[DataConfig, type[Row], Sequence[str]], SourceRows]

@@ -19,7 +19,7 @@ from saferlhf.data.files import Record, file_hash, read_records
 from saferlhf.data.report import FileFacts
 from saferlhf.data.rows import CATEGORY_COLUMNS, PreferencePair, PromptRow, QuestionAnswer, Row, categories_of
 from saferlhf.data.sources.base import SourceRows
-from saferlhf.data.sources.layouts import Layout, choose_layout
+from saferlhf.data.sources.layouts import Layout, choose_layout, has_header
 from saferlhf.data.sources.locate import locate
 from saferlhf.data.taxonomy import TAXONOMIES, likely_taxonomy
 from saferlhf.errors import UserError
@@ -29,10 +29,11 @@ _SAMPLE = 100  # records that settle a file's layout and columns
 
 @dataclass
 class _Entry:
-    """One record as it was read: a row, or why it is none; and its place."""
+    """One record as it was read: a row, or why it is none; its place and its stratum."""
 
     read: Row | BadValue
     place: str
+    group: str | None = None
 
     @property
     def fault(self) -> str | None:
@@ -68,12 +69,13 @@ def _read_file(
     path: Path, joined: Sequence[Path], cfg: DataConfig, kind: type[Row], split: str, out: SourceRows
 ) -> Iterator[_Entry]:
     """Rows and bad records of one file, in its order; checked hashes are counted in `out`."""
-    records = read_records(path)
+    records = read_records(path, has_header(cfg.layout))
     head = list(itertools.islice(records, _SAMPLE))
     layout = choose_layout(cfg.layout, [record for record in head if record.fault is None])
-    sample = [record for record in (_converted(record, layout) for record in head) if isinstance(record, Record)]
+    converted = (found for record in head for found in _converted(record, layout, kind))
+    sample = [record for record in converted if isinstance(record, Record)]
     columns: Columns | None = None
-    for record in _joined(itertools.chain(head, records), layout, joined, cfg):
+    for record in _joined(itertools.chain(head, records), layout, kind, joined, cfg):
         if isinstance(record, BadValue):
             yield _Entry(record, record.place)
             if not sample and record.place == head[-1].place:
@@ -81,25 +83,29 @@ def _read_file(
             continue
         if columns is None:
             sample = [record] if joined else sample
-            columns = choose_columns(stored_kind(sample, cfg, kind), cfg.columns, sample, cfg.check_hashes)
+            stored = stored_kind(sample, cfg, kind)
+            columns = choose_columns(stored, cfg.columns, sample, cfg.check_hashes, cfg.values)
         if hashes := columns.hashes(record):
             counts = out.hash_rule.setdefault(split, {"checked": 0, "wrong": 0})
             counts["checked"] += hashes
+        group: str | None = None
         try:
-            yield _Entry(columns.row(record), record.place)
+            group = columns.group(record)
+            yield _Entry(columns.row(record), record.place, group)
         except BadValue as value:
             counts = out.hash_rule.get(split, {})
             counts["wrong"] = counts.get("wrong", 0) + (value.kind == "wrong_hash")
-            yield _Entry(value, record.place)
+            yield _Entry(value, record.place, group)
 
 
-def _converted(record: Record, layout: Layout) -> Record | BadValue:
+def _converted(record: Record, layout: Layout, kind: type[Row]) -> Sequence[Record | BadValue]:
+    """What the layout makes of a record, mostly one."""
     if record.fault is not None:
-        return BadValue("unreadable", record.fault.what, record.place, record.fault.mend)
+        return [BadValue("unreadable", record.fault.what, record.place, record.fault.mend)]
     try:
-        return layout.record(record)
+        return layout.records(record, kind)
     except BadValue as value:
-        return value
+        return [value]
 
 
 def stored_kind(sample: Sequence[Record], cfg: DataConfig, wanted: type[Row]) -> type[Row]:
@@ -124,7 +130,7 @@ def _with_joined(paths: Sequence[Path], cfg: DataConfig) -> list[tuple[Path, lis
 
 
 def _joined(
-    records: Iterator[Record], layout: Layout, joined: Sequence[Path], cfg: DataConfig
+    records: Iterator[Record], layout: Layout, kind: type[Row], joined: Sequence[Path], cfg: DataConfig
 ) -> Iterator[Record | BadValue]:
     """Converted records with the columns of the row-aligned files added.
 
@@ -133,14 +139,14 @@ def _joined(
     """
     streams = [read_records(path) for path in joined]
     for record in records:
-        converted = _converted(record, layout)
         beside = [next(stream, None) for stream in streams]
-        for other, path in zip(beside, joined, strict=True):
-            _check_aligned(record, converted, other, path, cfg)
-        if isinstance(converted, Record):
-            added = {name: value for other in beside if other is not None for name, value in other.values.items()}
-            converted = Record({**added, **converted.values}, converted.place)
-        yield converted
+        added = {name: value for other in beside if other is not None for name, value in other.values.items()}
+        for converted in _converted(record, layout, kind):
+            for other, path in zip(beside, joined, strict=True):
+                _check_aligned(record, converted, other, path, cfg)
+            if added and isinstance(converted, Record):
+                converted = converted._replace(values={**added, **converted.values})
+            yield converted
     for stream, path in zip(streams, joined, strict=True):
         if next(stream, None) is not None:
             raise UserError("more rows than the file beside it", str(path), "both must hold the same rows in one order")
@@ -213,9 +219,19 @@ def _sort_out(entries: Sequence[_Entry], split: str, out: SourceRows) -> None:
             row.before = len(rows)
             out.bad.setdefault(split, []).append(row)
             if row.row is not None:
-                out.places.setdefault(row.row.id, entry.place)
+                _enter(row.row, entry, out)
         else:
             rows.append(row)
             out.lines.setdefault(split, []).append(entry.place)
-            out.places.setdefault(row.id, entry.place)
+            _enter(row, entry, out)
     setattr(out, split, rows)
+    groups = [entry.group or "" for entry in entries if not isinstance(entry.read, BadValue)]
+    if any(groups):
+        out.line_groups[split] = groups
+
+
+def _enter(row: Row, entry: _Entry, out: SourceRows) -> None:
+    """Place and stratum of a row that may be kept; of one that stands twice those of the first."""
+    out.places.setdefault(row.id, entry.place)
+    if entry.group is not None:
+        out.groups.setdefault(row.id, entry.group)

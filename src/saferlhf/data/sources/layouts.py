@@ -5,9 +5,11 @@ r"""Layouts: ways to write a record that no column mapping can read, turned into
                  alike up to the last Assistant turn. They become lists of turns.
 - `safe_unsafe`  `{prompt, response: [safe, unsafe]}`: pairs with one safe response, which stands first.
 - `guard`        the suites of guard models: `input` holds `Human user:\n...\n\nAI assistant:\n...`, `output` ends
-                 in `Response: harmful` or `Response: unharmful`.
+                 in `Response: harmful` or `Response: unharmful`, or is that word alone.
 
-`auto` recognises `dialogue` and `guard` by their marks; `safe_unsafe` has none and must be asked for.
+Those of single evaluation sets, in `layouts_sets.py`: `openai_moderation`, `do_not_answer`, `xsafety`.
+
+`auto` recognises `dialogue` and `guard` by their marks; the others have none and must be asked for.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from typing import Any
 
 from saferlhf.data.columns import BadValue
 from saferlhf.data.files import Record
+from saferlhf.data.rows import Row
+from saferlhf.data.sources.layouts_sets import Made, do_not_answer, openai_moderation, xsafety
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _GUARD_INPUT = re.compile(r"\s*Human user:\n(.*?)(?:\n\nAI assistant:\n(.*))?\Z", re.DOTALL)
-_GUARD_OUTPUT = re.compile(r"Response:\s*(harmful|unharmful)\s*\Z", re.IGNORECASE)
+_GUARD_OUTPUT = re.compile(r"(?:Response:|\A)\s*(harmful|unharmful)\s*\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -30,20 +34,29 @@ class Layout:
     """One way to write a record.
 
     Attributes:
+        convert: the columns of a record as they would stand in a plain file, or of the several records that it holds,
+            among them what is at fault; the kind of row that is wanted may decide. Raises BadValue.
         fits: whether a record bears its marks.
-        convert: the columns of a record as they would stand in a plain file; raises BadValue.
+        header: whether the first line of its CSV files names the columns.
     """
 
-    fits: Callable[[Record], bool]
-    convert: Callable[[Record], dict[str, Any]]
+    convert: Callable[[Record, type[Row]], dict[str, Any] | Made]
+    fits: Callable[[Record], bool] = lambda record: False
+    header: bool = True
 
-    def record(self, record: Record) -> Record:
-        """The record with plain columns.
+    def records(self, record: Record, kind: type[Row]) -> list[Record | BadValue]:
+        """The record with plain columns, or the several records that are in it.
+
+        Args:
+            record: one that could be read.
+            kind: of row that is wanted.
 
         Raises:
             BadValue: the record is not written like this.
         """
-        return record if record.fault is not None else Record(self.convert(record), record.place)
+        made = self.convert(record, kind)
+        several = [made] if isinstance(made, dict) else made
+        return [one if isinstance(one, BadValue) else Record(one, record.place) for one in several]
 
 
 def choose_layout(name: str, sample: Sequence[Record]) -> Layout:
@@ -54,6 +67,11 @@ def choose_layout(name: str, sample: Sequence[Record]) -> Layout:
         if 2 * sum(LAYOUTS[candidate].fits(record) for record in sample) > len(sample):
             return LAYOUTS[candidate]
     return LAYOUTS["columns"]
+
+
+def has_header(name: str) -> bool:
+    """Whether CSV files in this layout begin with the names of their columns."""
+    return name == "auto" or LAYOUTS[name].header
 
 
 # ------------------------------------------------------------------------------------------------ dialogue
@@ -79,7 +97,7 @@ def _is_dialogue(record: Record) -> bool:
     return all(isinstance(value, str) and _TURN.match(value.lstrip()) for value in values)
 
 
-def _dialogue(record: Record) -> dict[str, Any]:
+def _dialogue(record: Record, kind: type[Row]) -> dict[str, Any]:
     values = dict(record.values)
     for name in ("chosen", "rejected"):
         value = values.get(name)
@@ -91,7 +109,7 @@ def _dialogue(record: Record) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ safe_unsafe
-def _safe_unsafe(record: Record) -> dict[str, Any]:
+def _safe_unsafe(record: Record, kind: type[Row]) -> dict[str, Any]:
     values = dict(record.values)
     sides = values.pop("response", None)
     if isinstance(sides, str):  # demonstrations beside the pairs
@@ -108,7 +126,7 @@ def _is_guard(record: Record) -> bool:
     return isinstance(given, str) and isinstance(output, str) and given.lstrip().startswith("Human user:\n")
 
 
-def _guard(record: Record) -> dict[str, Any]:
+def _guard(record: Record, kind: type[Row]) -> dict[str, Any]:
     given, output = record.values.get("input"), record.values.get("output")
     match = _GUARD_INPUT.match(given) if isinstance(given, str) else None
     if match is None:
@@ -124,8 +142,11 @@ def _guard(record: Record) -> dict[str, Any]:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "columns": Layout(lambda record: True, lambda record: record.values),
-    "dialogue": Layout(_is_dialogue, _dialogue),
-    "safe_unsafe": Layout(lambda record: isinstance(record.values.get("response"), list), _safe_unsafe),
-    "guard": Layout(_is_guard, _guard),
+    "columns": Layout(lambda record, kind: record.values),
+    "dialogue": Layout(_dialogue, _is_dialogue),
+    "safe_unsafe": Layout(_safe_unsafe),
+    "guard": Layout(_guard, _is_guard),
+    "openai_moderation": Layout(openai_moderation),
+    "do_not_answer": Layout(do_not_answer),
+    "xsafety": Layout(xsafety, header=False),
 }

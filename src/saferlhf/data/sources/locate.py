@@ -1,7 +1,9 @@
 """Locate: the files behind a data config, and their content hash.
 
 In this order: `data.path`; below `data.root` the folder that has one of the data set's usual names; `data.hub`, the
-Hugging Face hub. `data.subset` chooses among the files, `data.split` takes just one of their splits.
+Hugging Face hub. `data.subset` chooses among the files, `data.split` takes just one of their splits; with
+`data.named_splits=false` names say nothing about splits: on the hub the only split of a set is mostly called `train`,
+also where the set was made for tests.
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ def locate(cfg: DataConfig) -> Located:
         files, revision = find_files(folder, "data.hub", patterns), f"{cfg.hub}@{folder.name}"
     else:
         raise UserError("no data file given", "data.path", "give one as data.path=FILE_OR_FOLDER")
+    if cfg.named_splits is False:
+        files = FileSet(files.root, train=files.all())
     if cfg.split is not None:
         files = files.only(cfg.split)
     if cfg.test_path is None:

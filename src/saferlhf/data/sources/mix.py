@@ -61,6 +61,7 @@ def mix_rows(cfg: DataConfig, load: Callable[[DataConfig], SourceRows]) -> Sourc
             if mended is not None:
                 out.part_of.setdefault(mended.id, label)
         out.places = {**found.places, **out.places}
+        out.groups = {**found.groups, **out.groups}
         out.facts += [replace(fact, name=f"{label}: {fact.name}") for fact in found.facts]
         revisions += [found.revision] if found.revision else []
     out.revision = ", ".join(revisions) or None
@@ -100,6 +101,7 @@ def _append(out: SourceRows, found: SourceRows, split: str, rows: Sequence[Row])
         value.before = len(before) + (value.before or 0)
         out.bad.setdefault(split, []).append(value)
     out.lines.setdefault(split, []).extend(found.lines.get(split) or [""] * len(rows))
+    out.line_groups.setdefault(split, []).extend(found.line_groups.get(split) or [""] * len(rows))
     setattr(out, split, [*before, *rows])
 
 
