@@ -152,11 +152,41 @@ class RemoteJudgeConfig(JudgeConfig):
     cache: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)
 
 
+@dataclass
+class GuardJudgeConfig(JudgeConfig):
+    """A guard model of somebody else's: a chat model that answers with a verdict, or a sequence classifier."""
+
+    kind: str = "guard"
+    on_failure: str = "skip"  # the same question to the same weights gets the same answer
+    model: str = field(default="???", metadata=CONTENT)
+    format: str = "llama_guard"  # of its answers: see GUARD_FORMATS and rollout/guard_templates.py
+    template: str = "native"  # the tokenizer's own chat template, or a text with {prompt} and {response}
+    # file with that text, read into `template`, so that its content counts and not its place
+    template_file: Optional[str] = field(default=None, metadata=OUTSIDE_IDENTITY)
+    generation_prompt: bool = False  # whether the chat template is asked for the words after which the assistant speaks
+    lead: Optional[str] = None  # what stands between the question and the verdict; null: see the format
+    unsafe_words: list[str] = field(default_factory=list)  # verdicts; empty: those of the format
+    safe_words: list[str] = field(default_factory=list)
+    min_word_probability: float = 0.5  # of all verdict words together; with less the guard was about to say otherwise
+    max_new_tokens: Optional[int] = None  # of its written answer; null: as many as the format needs, 0: none is written
+    categories: list[str] = field(default_factory=list)  # names or codes that get an output category/<name>
+    unsafe_labels: list[str] = field(default_factory=list)  # of a classifier; empty: found by their names
+    reads: str = "both"  # a classifier: both | response
+    zero: float = 0.5  # probability of unsafe at which the cost is 0 and above which the verdict is unsafe
+    max_length: int = 4096  # tokens of a question; longer ones lose the beginning of the prompt
+    dtype: str = "float32"  # float32 | bfloat16
+    batch_tokens: int = field(default=16384, metadata=OUTSIDE_IDENTITY)
+
+
+GUARD_FORMATS = ("llama_guard", "wildguard", "qwen3guard", "words", "classifier")
+"""How a guard model answers; `words`: the first word is one of `unsafe_words` or `safe_words`."""
+
 JUDGES: dict[str, type[JudgeConfig]] = {
     "truth": TruthJudgeConfig,
     "function": FunctionJudgeConfig,
     "model": ModelJudgeConfig,
     "remote": RemoteJudgeConfig,
+    "guard": GuardJudgeConfig,
 }
 
 
@@ -184,7 +214,63 @@ def judge_config(node: Any, where: str = "judge") -> JudgeConfig:
     if not 0 <= config.max_failed_share <= 1:
         what = f"max_failed_share {config.max_failed_share} is no share"
         raise UserError(what, f"{where}.max_failed_share", "use a number from 0 to 1")
+    if isinstance(config, GuardJudgeConfig):
+        _check_guard(config, where)
     return config
+
+
+def _check_guard(config: GuardJudgeConfig, where: str) -> None:
+    """Refuse what no guard can be asked, and read the file of its template.
+
+    Raises:
+        UserError: one line each.
+    """
+    for key, value, known in (("format", config.format, GUARD_FORMATS), ("reads", config.reads, ("both", "response"))):
+        if value not in known:
+            raise UserError(f"unknown choice '{value}'", f"{where}.{key}", f"use {' | '.join(known)}")
+    if config.template_file is not None:
+        config.template = _template_text(config, f"{where}.template_file")
+    if config.template != "native":
+        for mark in ("{prompt}", "{response}"):
+            if config.template.count(mark) != 1:
+                what = f"the template holds {mark} {config.template.count(mark)} times"
+                raise UserError(what, f"{where}.template", "each of {prompt} and {response} once, or template=native")
+    elif config.format == "wildguard":
+        what = "a guard of format=wildguard was trained on a question of its own, and none is given"
+        mend = f"{where}.template_file=FILE with the text of its model card, {{prompt}} and {{response}} in it"
+        raise UserError(what, f"{where}.template", mend)
+    if config.reads == "response" and (config.format != "classifier" or config.template != "native"):
+        what = "only a classifier without a template reads the response alone"
+        raise UserError(what, f"{where}.reads=response", "use reads=both")
+    if config.format == "words" and not (config.unsafe_words and config.safe_words):
+        mend = f"as {where}.unsafe_words=[yes] {where}.safe_words=[no]"
+        raise UserError("format=words needs the words of both verdicts", f"{where}.unsafe_words", mend)
+    if not 0 < config.zero < 1:
+        raise UserError(f"{config.zero} is no threshold", f"{where}.zero", "use a number between 0 and 1")
+    if not 0 <= config.min_word_probability <= 1:
+        what = f"{config.min_word_probability} is no probability"
+        raise UserError(what, f"{where}.min_word_probability", "use a number from 0 to 1")
+    for key, count, least in (
+        ("max_length", config.max_length, 1),
+        ("batch_tokens", config.batch_tokens, 1),
+        ("max_new_tokens", config.max_new_tokens, 0),
+    ):
+        if count is not None and count < least:
+            raise UserError(f"{key} is {count}", f"{where}.{key}", f"use a whole number from {least} up")
+
+
+def _template_text(config: GuardJudgeConfig, where: str) -> str:
+    """The template that a file holds; a run's stored config holds its text already."""
+    from pathlib import Path
+
+    try:
+        text = Path(str(config.template_file)).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"no template in '{config.template_file}': {type(error).__name__}"
+        raise UserError(what, where, "name a text file with {prompt} and {response} in it") from None
+    if config.template not in ("native", text):
+        raise UserError("a template and a file with another one", where, "give one of them")
+    return text
 
 
 @dataclass

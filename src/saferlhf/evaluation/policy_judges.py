@@ -1,4 +1,5 @@
-"""The judges of a policy's evaluation, loaded: those of `rollout/`, and a moderator by its calibrated verdicts.
+"""The judges of a policy's evaluation, loaded: those of `rollout/`, guard models of others, and a moderator by its
+calibrated verdicts.
 
 In training a moderator's probability may serve as a cost; to measure a policy its decisions count: unsafe by the
 threshold it was shipped with, severity and harm categories consistent with that.
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saferlhf.config.rollout_schema import FunctionJudgeConfig, ModelJudgeConfig
+from saferlhf.config.rollout_schema import FunctionJudgeConfig, GuardJudgeConfig, JudgeConfig, ModelJudgeConfig
 from saferlhf.errors import UserError
 from saferlhf.evaluation.policy_config import AskedJudge
 from saferlhf.evaluation.policy_metrics import CATEGORY
@@ -82,6 +83,8 @@ def check_judges(asked: Sequence[AskedJudge], *, output_root: str | Path) -> Non
         config = one.config
         if isinstance(config, FunctionJudgeConfig):
             find_function(config.function)
+        if isinstance(config, GuardJudgeConfig):
+            _check_guard(config, output_root)
         if not isinstance(config, ModelJudgeConfig):
             continue
         location = resolve(config.model, output_root=output_root)
@@ -93,6 +96,16 @@ def check_judges(asked: Sequence[AskedJudge], *, output_root: str | Path) -> Non
             if metadata.input == "prompt":
                 what = f"'{config.model}' looks at prompts alone, so every response to one would be the same to it"
                 raise UserError(what, "judges", "name one with task.input=prompt_and_response")
+
+
+def _check_guard(config: GuardJudgeConfig, output_root: str | Path) -> None:
+    """A guard that writes its verdict must be a language model; other models of ours judge as `kind: model`."""
+    location = resolve(config.model, output_root=output_root)
+    if location.kind == "export" and location.folder is not None:
+        metadata = read_metadata(location.folder)
+        if metadata.heads or config.format == "classifier":
+            what = f"'{config.model}' is a model of kind '{metadata.kind}' of this project and no guard of others"
+            raise UserError(what, "judges", "use kind=model, or judges=[LOCATOR]")
 
 
 def load_judges(
@@ -123,6 +136,8 @@ def _load(one: AskedJudge, output_root: str | Path, cache_dir: str | None, devic
     loaded = load_export(config.model, output_root=output_root, require_heads=True, cache_dir=cache_dir, device=device)
     kind = VerdictJudge if loaded.metadata.kind == "moderator" else ModelScorer
     scorer = kind(loaded, batch_tokens=config.batch_tokens, name=config.name or None)
-    return GuardedScorer(
-        scorer, FailurePolicy(config.on_empty, config.on_failure, config.attempts, config.max_failed_share)
-    )
+    return GuardedScorer(scorer, _policy(config))
+
+
+def _policy(config: JudgeConfig) -> FailurePolicy:
+    return FailurePolicy(config.on_empty, config.on_failure, config.attempts, config.max_failed_share)

@@ -8,6 +8,7 @@ from typing import Any
 from saferlhf.config.paths import cache_dir as project_cache
 from saferlhf.config.rollout_schema import (
     FunctionJudgeConfig,
+    GuardJudgeConfig,
     JudgeConfig,
     ModelJudgeConfig,
     RemoteJudgeConfig,
@@ -55,6 +56,10 @@ def _scorer(config: JudgeConfig, output_root: str | Path, cache_dir: str | None,
         return found
     if isinstance(config, RemoteJudgeConfig):
         return RemoteJudge(config, _answers(config.cache, cache_dir))
+    if isinstance(config, GuardJudgeConfig):
+        from saferlhf.rollout.chat_guard import load_guard  # heavy
+
+        return load_guard(config, output_root=output_root, cache_dir=cache_dir, device=device)
     assert isinstance(config, ModelJudgeConfig)
     from saferlhf.models.loading import load_export  # heavy
     from saferlhf.rollout.model_scorer import ModelScorer
