@@ -15,6 +15,7 @@ import yaml
 from command_lines import Answer, call, config, finish
 from models.tiny_models import backbone_config
 
+from saferlhf.config.files import read_json
 from saferlhf.config.run_folder import RunFolder
 from saferlhf.data.toyworld import preference_pairs, vocabulary
 from saferlhf.models.backbone import load_backbone
@@ -193,10 +194,12 @@ def test_a_start_needs_no_heads(tmp_outputs: Path, models: dict[str, Path]) -> N
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["mode=compare"], "'compare' is not possible (in mode); choose one of: score"),
+        (["mode=compute"], "'compute' is not possible (in mode); choose one of: score | moderate | compare"),
+        (["mode=compare"], "a comparison names its models together (in model); models=[A,B]"),
+        (["models=[a,b]"], "several models are compared (in models); add mode=compare"),
         (["split=tst"], "'tst' is not possible (in split); choose one of: train | val | test"),
         (["suite=prefrence"], "there is no suite 'prefrence' (in suite=prefrence); did you mean 'preference'?"),
-        (["suite.protocols=[polcy]"], "'polcy' is not possible (in suite.protocols)"),
+        (["suite.measures=[polcy]"], "'polcy' is not possible (in suite.measures)"),
         (["+modle=x"], "unknown key 'modle' (in modle); did you mean 'mode' or 'model'?"),
         (["trainer.eval_batch_size=0"], "0 is not a positive number (in trainer.eval_batch_size)"),
         (["data=jsonl", "data.path=nope.jsonl"], "no such file or folder: nope.jsonl (in data.path)"),
@@ -209,6 +212,44 @@ def test_a_mistake_is_one_line(tmp_outputs: Path, models: dict[str, Path], words
     assert answer.code == 2
     assert says in answer.error
     assert not list(tmp_outputs.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "no models to compare are named (in models); models=[A,B]"),
+        (["models=[COST]"], "a comparison needs two models at least (in models)"),
+        (["models=[COST,COST]"], "is named twice (in models."),
+        (["models=[COST,no/such]"], "'no/such' has no score heads (in model)"),
+    ],
+)
+def test_a_comparison_needs_models(tmp_outputs: Path, models: dict[str, Path], words: list[str], says: str) -> None:
+    named = [word.replace("COST", str(models["cost"])) for word in words]
+    answer = evaluate(tmp_outputs, "mode=compare", *named)
+    assert answer.code == 2 and says in answer.error, answer.err
+    assert not list(tmp_outputs.iterdir())
+
+
+def test_models_are_evaluated_and_compared(tmp_outputs: Path, tmp_path: Path, models: dict[str, Path]) -> None:
+    """Both are measured on the same rows first; what was measured is found again, the comparison too."""
+    other = export(tmp_path / "other_cost", "cost", seed=3)
+    words = ["mode=compare", f"models={{ours: {models['cost']}, theirs: {other}}}"]
+    answer = evaluate(tmp_outputs, *words, "name=compared")
+    assert answer.code == 0, answer.err
+    folders = {path: read_json(path / "metrics.json") for path in (tmp_outputs / "compared").iterdir()}
+    (comparison,) = [path for path in folders if (path / "comparison.json").is_file()]
+    metrics = folders.pop(comparison)
+    assert len(folders) == 2
+    ours, theirs = (
+        next(found for path, found in folders.items() if str(model) in (path / "config.yaml").read_text())
+        for model in (models["cost"], other)
+    )
+    name = "test/cost/pair_accuracy"
+    found = {key: value for key, value in metrics.items() if key.endswith("pair_accuracy/ours_minus_theirs")}
+    assert list(found.values()) == [pytest.approx(ours[name] - theirs[name])]
+    assert "ours" in answer.out and "theirs" in answer.out
+    again = evaluate(tmp_outputs, *words, "name=compared")
+    assert again.err.count("finished before") == 3 and "ours" in again.out
 
 
 def test_rows_without_the_needed_label(tmp_outputs: Path, tmp_path: Path, models: dict[str, Path]) -> None:

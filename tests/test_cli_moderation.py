@@ -163,7 +163,7 @@ def test_suites_hold_what_fits_the_model(tmp_outputs: Path, models: dict[str, Pa
         "reward": {"reward"},
         "unsafe_only": {"unsafe"},
     }.items():
-        answer = evaluate(tmp_outputs, "suite=all", f"model={models[kind]}", f"name={kind}", "baselines=false")
+        answer = evaluate(tmp_outputs, "suite=data", f"model={models[kind]}", f"name={kind}", "baselines=false")
         assert answer.code == 0, answer.err
         (folder,) = (tmp_outputs / kind).iterdir()
         found = json.loads((folder / "metrics.json").read_text())
@@ -245,15 +245,40 @@ def test_a_moderator_of_prompts_is_held_against_prompts(
     assert not [name for name in found if "baseline" in name]  # the training rows are among those judged
 
 
-def test_rows_of_another_taxonomy_have_no_category_numbers(
-    tmp_outputs: Path, tmp_path: Path, models: dict[str, Path]
+@pytest.mark.parametrize(
+    ("named", "says", "measured"),
+    [
+        ({"made_up": True, "other": False}, "categories are not measured, the rows have 'made_up'", None),
+        ({"self_harm": True, "animal_abuse": False}, "verdicts on 19 categories are read as", "animal_abuse"),
+    ],
+)
+def test_rows_of_another_taxonomy(
+    tmp_outputs: Path,
+    tmp_path: Path,
+    models: dict[str, Path],
+    named: dict[str, bool],
+    says: str,
+    measured: str | None,
 ) -> None:
-    own_answers(tmp_path / "rows.jsonl", is_safe=False, harm_category={"self_harm": True, "animal_abuse": False})
+    """BeaverTails' categories are met half way, as far as there are counterparts; anybody else's are not measured."""
+    rows = own_answers(tmp_path / "rows.jsonl", is_safe=False, harm_category=named)
+    other = {"animal_abuse": True} if measured else named
+    rows += [row | {"response": f"{row['response']} {row['response']}", "harm_category": other} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ["data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "split=all", "baselines=false"]
     answer = evaluate(tmp_outputs, "suite=moderation", f"model={models['moderator']}", *data)
     assert answer.code == 0, answer.err
-    assert "categories are not measured: the rows have 'self_harm'" in answer.err
-    assert {name.split("/")[1] for name in metrics_of(tmp_outputs)} == {"unsafe"}
+    assert says in answer.err
+    found = metrics_of(tmp_outputs)
+    assert {name.split("/")[1] for name in found} == {"unsafe"} | ({"category"} if measured else set())
+    if measured:
+        p = heads_one_by_one(models["moderator"], [r["prompt"] for r in rows], [r["response"] for r in rows])
+        unsafe = 1 / (1 + np.exp(-p["unsafe"][:, 0] / 2.0)) >= 0.45
+        column = PKU_CATEGORIES.index("Animal Abuse")
+        said = (1 / (1 + np.exp(-p["category"][:, column] / 1.5)) >= 0.4) & unsafe
+        truth = np.array([row["harm_category"] == {"animal_abuse": True} for row in rows])
+        assert found["all/category/support_animal_abuse"] == truth.sum()
+        assert found["all/category/recall_animal_abuse"] == pytest.approx(said[truth].mean())
 
 
 def test_rows_without_labels_are_refused(tmp_outputs: Path, tmp_path: Path, models: dict[str, Path]) -> None:

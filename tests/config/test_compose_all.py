@@ -20,7 +20,7 @@ from saferlhf.run.prepare import checked
 
 CONF = conf_dir()
 OPTIONS = [str(file.relative_to(CONF).with_suffix("")) for file in sorted(CONF.rglob("*.yaml")) if file.parent != CONF]
-EVALUATE_GROUPS = ("suite", "data", "trainer", "tracking", "evaluation", "judge")
+EVALUATE_GROUPS = ("suite", "protocol", "data", "trainer", "tracking", "evaluation", "judge")
 
 
 def parts_of(option: str) -> tuple[str, str]:
@@ -47,7 +47,8 @@ def filled(tree: DictConfig) -> DictConfig:
     return tree
 
 
-RUN_GROUPS = sorted({parts_of(option)[0] for option in OPTIONS} - {*DIFF_GROUPS, "pipeline", "suite", "judge", "task"})
+NOT_OF_RUNS = {*DIFF_GROUPS, "pipeline", "suite", "protocol", "judge", "task"}
+RUN_GROUPS = sorted({parts_of(option)[0] for option in OPTIONS} - NOT_OF_RUNS)
 
 
 def rounds(*groups: str) -> list[list[str]]:

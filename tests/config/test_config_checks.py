@@ -234,8 +234,8 @@ def test_an_evaluation_passes(evaluate_base: EvaluateConfig) -> None:
     [
         ({"mode": "compare"}, "mode"),
         ({"split": "tst"}, "split"),
-        ({"suite__protocols": ["arena"]}, "suite.protocols"),
-        ({"suite__protocols": []}, "suite.protocols"),
+        ({"suite__measures": ["arena"]}, "suite.measures"),
+        ({"suite__measures": []}, "suite.measures"),
         ({"model": " "}, "model"),
         ({"model": None}, "model"),
         ({"tracking__name": "wandb"}, "tracking.name"),

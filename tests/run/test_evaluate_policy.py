@@ -327,10 +327,10 @@ def test_an_evaluation_of_a_policy_reaches_mlflow(tmp_outputs: Path, models: dic
 
 def test_all_is_what_fits(tmp_outputs: Path, models: dict[str, Path]) -> None:
     few = [word for word in FEW if word != "suite=policy"]
-    assert call("evaluate", *few, f"output_root={tmp_outputs}", "suite=all", f"model={models['sft']}").code == 0
+    assert call("evaluate", *few, f"output_root={tmp_outputs}", "suite=data", f"model={models['sft']}").code == 0
     assert "policy/safe_rate" in metrics_of(tmp_outputs)
     config = yaml.safe_load((only(tmp_outputs) / "config.yaml").read_text())
-    assert config["suite"]["protocols"] == ["preference", "moderation", "policy"]
+    assert config["suite"]["measures"] == ["preference", "moderation", "policy"]
 
 
 # ------------------------------------------------------------------------------------------------ refusals

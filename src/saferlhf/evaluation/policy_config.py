@@ -48,11 +48,20 @@ def check_policy_keys(config: EvaluateConfig) -> None:
         raise UserError(f"{config.temperature} is no temperature", "temperature", "give a number from zero up")
     if config.temperature == 0 and config.samples > 1:
         raise UserError("without sampling all samples are the same", "samples", "samples=1, or a temperature above 0")
-    if config.mode == "score" and "policy" in config.suite.protocols:
+    if config.mode == "compare" or (config.mode == "score" and _of_policies(config)):
         return
     for key in ("baseline", "reference", "judge", "judges", "harmful"):
         if getattr(config, key) is not None:
             raise UserError(f"'{key}' belongs to the evaluation of a policy", key, "add suite=policy")
+
+
+def _of_policies(config: EvaluateConfig) -> bool:
+    """Whether policies are among what is to be measured."""
+    if config.protocol is not None:
+        return "policy" in config.protocol.measures
+    return any(
+        "policy" in found for found in (config.suite.measures, *(p.measures for p in config.suite.protocols.values()))
+    )
 
 
 def asked_judges(config: EvaluateConfig) -> list[AskedJudge]:

@@ -136,7 +136,7 @@ def plane_png(
     fixed = [(places[name][0][0], places[name][1][0]) for name in front if name in places]
     crowd = _crowd([(x[0], y[0]) for x, y in places.values()])
     figure = Figure(figsize=(7.2 if crowd is None else 11.0, 4.4), layout="constrained")
-    axes, *closer = np.atleast_1d(figure.subplots(1, 1 if crowd is None else 2))
+    axes, *closer = figure.subplots(1, 1 if crowd is None else 2, squeeze=False)[0]
     for panel_axes in (axes, *closer):
         _draw_plane(panel_axes, places, fixed, best)
     if crowd is not None:
@@ -152,9 +152,9 @@ def _draw_plane(
 ) -> None:
     """Points with their intervals, the front that the fixed weights span, the best reachable point."""
     if len(fixed) > 1:
-        x, y = (np.array(values) for values in zip(*fixed, strict=True))
-        across = np.unique(np.concatenate([x, np.linspace(x.min(), x.max(), 200)]))
-        heights = [height_of_front(x, y, float(at)) for at in across]
+        safe, helpful = (np.array(values) for values in zip(*fixed, strict=True))
+        across = np.unique(np.concatenate([safe, np.linspace(safe.min(), safe.max(), 200)]))
+        heights = [height_of_front(safe, helpful, float(at)) for at in across]
         axes.plot(across, heights, ":", color=_ON_WHITE[INK], linewidth=1.2, label="front of fixed weights")
     for number, (name, (x, y)) in enumerate(places.items()):
         colour, marker = _ON_WHITE[SERIES[number % len(SERIES)]], "os^Dv<>p"[number // len(SERIES) % 8]

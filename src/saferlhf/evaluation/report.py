@@ -37,10 +37,11 @@ def write_report(
     data_report: Mapping[str, Any] | None = None,
     curves: Mapping[str, Curve] | None = None,
     step: str = "optimizer step",
-    histograms: Sequence[Histogram | str] = (),
+    histograms: Sequence[Histogram | str | tuple[str, Histogram | str]] = (),
     lineage: Mapping[str, Any] | None = None,
     commands: Sequence[str] = (),
     confidence: float = 0.95,
+    sections: Sequence[str] = (),
 ) -> Path:
     """Write the page and return its path; an older page is replaced in one step.
 
@@ -54,15 +55,20 @@ def write_report(
         curves: name -> [(step, value)]; names that end alike share a panel.
         step: what a step of the curves is.
         histograms: `plots.score_histograms(...)` or any others; a text is a finished drawing, as
-            `moderation_plots.moderation_drawings(...)` makes them.
+            `moderation_plots.moderation_drawings(...)` makes them; with a name before it, it stands under that name,
+            behind a click.
         lineage: where the run comes from: run identity, parent models, commit, seeds, versions.
         commands: what to type to get this run again, one command each.
         confidence: what the intervals in `metrics` were taken at.
+        sections: finished HTML that stands below the headlines, all text in it escaped.
     """
-    sections = [
+    plain = [h for h in histograms if not isinstance(h, tuple)]
+    parts = [
         _verdict(metrics, confidence),
+        *sections,
         _figures("Training", [curves_svg(name, series, step) for name, series in curve_panels(curves or {}).items()]),
-        _figures("Scores", [h if isinstance(h, str) else histogram_svg(h) for h in histograms]),
+        _figures("Scores", [_drawn(h) for h in plain]),
+        _named_figures([h for h in histograms if isinstance(h, tuple)]),
         _metric_section(metrics, confidence),
         data_section(data_report) if data_report and "findings" in data_report else _pairs_section("Data", data_report),
         _pairs_section("Lineage", lineage),
@@ -73,7 +79,7 @@ def write_report(
         title=escape(title),
         subtitle=f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else "",
         style=_STYLE + DATA_STYLE,
-        body="\n".join(section for section in sections if section),
+        body="\n".join(part for part in parts if part),
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,8 +128,30 @@ def _interval_bar(line: MetricLine) -> str:
 def _figures(heading: str, drawings: Sequence[str]) -> str:
     if not drawings:
         return ""
+    return f"<section><h2>{escape(heading)}</h2>{_figure_grid(drawings)}</section>"
+
+
+def _figure_grid(drawings: Sequence[str]) -> str:
     figures = "".join(f"<figure><figcaption>{_caption(svg)}</figcaption>{svg}</figure>" for svg in drawings)
-    return f'<section><h2>{escape(heading)}</h2><div class="figures">{figures}</div></section>'
+    return f'<div class="figures">{figures}</div>'
+
+
+def _named_figures(named: Sequence[tuple[str, Histogram | str]]) -> str:
+    """Drawings under their names, each name behind a click."""
+    under: dict[str, list[str]] = {}
+    for name, drawing in named:
+        under.setdefault(name, []).append(_drawn(drawing))
+    if not under:
+        return ""
+    blocks = "".join(
+        f"<details><summary>{escape(name)}</summary>{_figure_grid(drawings)}</details>"
+        for name, drawings in under.items()
+    )
+    return f"<section><h2>Plots</h2>{blocks}</section>"
+
+
+def _drawn(drawing: Histogram | str) -> str:
+    return drawing if isinstance(drawing, str) else histogram_svg(drawing)
 
 
 def _caption(svg: str) -> str:

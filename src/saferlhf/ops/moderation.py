@@ -7,7 +7,8 @@ head. Label conventions are those of the whole project: 1 = unsafe = positive, 0
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,10 @@ class ModerationLabels:
 
     def __len__(self) -> int:
         return len(self.unsafe)
+
+    def take(self, rows: Ints) -> ModerationLabels:
+        """Labels of some rows, by their numbers."""
+        return ModerationLabels(self.unsafe[rows], self.severity[rows], self.category[rows], self.categories)
 
 
 @dataclass(frozen=True)
@@ -81,3 +86,9 @@ class Verdicts:
 
     def __len__(self) -> int:
         return len(self.unsafe)
+
+    def take(self, rows: Ints) -> Verdicts:
+        """Verdicts on some rows, by their numbers."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen: dict[str, Any] = {name: None if value is None else value[rows] for name, value in values.items()}
+        return Verdicts(**chosen)

@@ -1,4 +1,4 @@
-"""`evaluate.py`: a trained model measured on any rows by the protocols of a suite, or put to use on them.
+"""`evaluate.py`: a trained model measured on any rows and by the protocols of a suite, or put to use on rows.
 
 Results are a run folder of their own, found again by identity like any run: the model enters by its content, the rows
 by theirs.
@@ -7,29 +7,32 @@ by theirs.
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from saferlhf.config.checks import check_evaluate
-from saferlhf.config.files import read_json, write_json, write_text
+from saferlhf.config.files import read_json, write_json
 from saferlhf.config.identity import identity_tree, run_hash
-from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
+from saferlhf.config.run_folder import FINISHED, RunFolder
 from saferlhf.config.schema import EvaluateConfig
 from saferlhf.data.build import data_fingerprint
 from saferlhf.data.checks import check_policy
+from saferlhf.errors import UserError
 from saferlhf.evaluation.policy_config import check_policy_keys, policy_identity
+from saferlhf.evaluation.protocol_results import FILE as PROTOCOLS
+from saferlhf.evaluation.protocol_results import protocol_result, protocols_html
 from saferlhf.models.locator import content_id_of
-from saferlhf.run.judged_model import POLICY, JudgedModel, judged_model, protocols_for
+from saferlhf.run.evaluation_folder import in_folder
+from saferlhf.run.judged_model import POLICY, JudgedModel, judged_model
 from saferlhf.run.measured import Measured
-from saferlhf.run.screen import say, say_evaluation
+from saferlhf.run.measurements import LeftOut, Measurement, measurement_identity, measurements_for
+from saferlhf.run.screen import say, say_evaluation, say_protocols
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Measure a model on rows, or judge rows with it; writes metrics and a report.
+    """Measure a model on rows, judge rows with it, or hold models against each other; writes metrics and a report.
 
     Raises:
         UserError: no such model, one that is not for this suite, or rows without the needed labels.
@@ -37,120 +40,174 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     check_evaluate(config)
     check_policy_keys(config)
     check_policy(config.data.policy)
-    root = Path(config.output_root)
-    model = judged_model(config)
-    protocols = [] if config.mode == "moderate" else protocols_for(config, model)
-    identity = _identity(config, protocols, content_id_of(model.location, output_root=root, cache_dir=config.cache_dir))
-    folder = RunFolder(root / config.name / run_hash(identity))
-    if folder.status().get("status") == FINISHED:
-        metrics = read_json(folder.metrics) or {}
-        say(f"finished before: {folder.path}")
-        _show(config, folder, metrics)
-        return metrics
-    folder.acquire()
-    end = FAILED
-    tracker: Any = None
-    try:
-        tracker = _start_tracking(config, folder, model)
-        write_text(folder.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
-        if config.mode == "moderate":
-            metrics = _moderate(config, model, folder)
-        else:
-            metrics = _score(config, protocols, model, folder)
-        _track(tracker, folder, metrics)
-        tracker.finish("FINISHED")
-        end = FINISHED
-    except KeyboardInterrupt:
-        end = KILLED
-        raise
-    except BaseException as error:
-        folder.update_status(error=str(error)[:2000])
-        raise
-    finally:
-        folder.update_status(status=end, **({"finished": time.time()} if end == FINISHED else {}))
-        folder.release()
-        if tracker is not None:
-            tracker.finish({KILLED: "KILLED", FAILED: "FAILED"}.get(end, "FINISHED"))
+    if config.mode == "compare":
+        from saferlhf.run.evaluate_compare import compare
+
+        return compare(config, lambda one: evaluated(one)[0].path)
+    folder, metrics = evaluated(config)
     _show(config, folder, metrics)
     return metrics
 
 
-def _identity(config: EvaluateConfig, protocols: list[str], model: str) -> dict[str, Any]:
+def evaluated(config: EvaluateConfig) -> tuple[RunFolder, dict[str, float]]:
+    """The finished folder of an evaluation and its metrics; one that was finished before is found again."""
+    root = Path(config.output_root)
+    model = judged_model(config)
+    asked: list[Measurement] = []
+    left_out: list[LeftOut] = []
+    if config.mode != "moderate":
+        asked, left_out = measurements_for(config, model)
+    identity = _identity(config, asked, content_id_of(model.location, output_root=root, cache_dir=config.cache_dir))
+    folder = RunFolder(root / config.name / run_hash(identity))
+    if folder.status().get("status") == FINISHED:
+        say(f"finished before: {folder.path}")
+        return folder, read_json(folder.metrics) or {}
+
+    def work() -> dict[str, float]:
+        if config.mode == "moderate":
+            return _moderate(config, model, folder)
+        return _score(config, asked, left_out, model, folder)
+
+    suite = config.mode if config.mode == "moderate" else config.suite.name
+    if config.mode == "score" and config.protocol is not None:
+        suite = config.protocol.name
+    tags = {"suite": suite, "kind": model.kind, "data": config.data.name, "model": model.locator}
+    return folder, in_folder(folder, config, tags, work)
+
+
+def _identity(config: EvaluateConfig, asked: Sequence[Measurement], model: str) -> dict[str, Any]:
     """What makes the numbers: the model and the rows by content, and how they are measured."""
-    tree = {
+    on_data = [measurement.measure for measurement in asked if measurement.protocol is None]
+    tree: dict[str, Any] = {
         "mode": config.mode,
-        "protocols": protocols,
+        "protocols": on_data,
         "model": model,
-        "data": identity_tree(config.data, lambda key, value: "by fingerprint"),
-        "data_fingerprint": data_fingerprint(config.data),
-        "split": config.split or ("all" if config.mode == "moderate" else "test"),
         "seed": config.seed,
         "evaluation": asdict(config.evaluation),
         "precision": config.trainer.precision,
     }
-    if POLICY in protocols:
-        tree["policy"] = policy_identity(config)
-    return tree | ({"baselines": [config.baselines, config.baseline_rows]} if protocols else {})
+    if on_data or config.mode == "moderate":
+        tree |= {
+            "data": identity_tree(config.data, lambda key, value: "by fingerprint"),
+            "data_fingerprint": data_fingerprint(config.data),
+            "split": config.split or ("all" if config.mode == "moderate" else "test"),
+        }
+    if any(measurement.measure == POLICY for measurement in asked):
+        tree["policy"] = policy_identity(next(m.config for m in asked if m.measure == POLICY))
+    named = [measurement for measurement in asked if measurement.protocol is not None]
+    if named:
+        tree["named"] = [measurement_identity(measurement) for measurement in named]
+    return tree | ({"baselines": [config.baselines, config.baseline_rows]} if asked else {})
 
 
-def _start_tracking(config: EvaluateConfig, folder: RunFolder, model: JudgedModel) -> Any:
-    from saferlhf.tracking import build_logger
+def _score(
+    config: EvaluateConfig,
+    asked: Sequence[Measurement],
+    left_out: Sequence[LeftOut],
+    model: JudgedModel,
+    folder: RunFolder,
+) -> dict[str, float]:
+    """All measurements, one after the other, into one file of metrics and one report.
 
-    suite = config.suite.name if config.mode == "score" else config.mode
-    tracker = build_logger(
-        config.tracking,
-        output_root=Path(config.output_root),
-        run_folder=folder.path,
-        run_name=f"{config.name}/{folder.path.name}",
-        identity=folder.path.name,
-        tags={"suite": suite, "kind": model.kind, "data": config.data.name, "model": model.locator},
-        resume_run_id=folder.status().get("mlflow_run_id"),
-    )
-    folder.update_status(mlflow_run_id=tracker.run_id)
-    tracker.log_hyperparams(asdict(config))
-    return tracker
+    In a suite that skips what does not fit, a protocol whose rows turn out to be unfit is left out with its reason;
+    the others are measured.
+    """
+    found: list[tuple[Measurement, Measured]] = []
+    reasons = list(left_out)
+    first: UserError | None = None
+    for measurement in asked:
+        folder.update_status(phase=measurement.name)
+        try:
+            found.append((measurement, _measured(measurement, model, folder)))
+        except UserError as error:
+            if measurement.protocol is None or config.protocol is not None or config.suite.unfit != "skip":
+                raise
+            first = first or error
+            say(f"{measurement.name} is left out: {error}")
+            reasons.append(LeftOut(measurement.name, str(error)))
+    if not found:
+        assert first is not None
+        raise first
+    for name, reason in left_out:
+        say(f"{name} is left out: {reason}")
+    metrics = {name: value for _, measured in found for name, value in measured.metrics.items()}
+    results = _results(metrics, found, model)
+    if results or reasons:
+        write_json(folder.path / PROTOCOLS, {"results": results, "left_out": [list(reason) for reason in reasons]})
+    _report(config, model, folder, metrics, found, protocols_html(results, reasons) if results or reasons else "")
+    write_json(folder.metrics, metrics)
+    return metrics
 
 
-def _track(tracker: Any, folder: RunFolder, metrics: dict[str, float]) -> None:
-    tracker.log_metrics(metrics, step=0)
-    pictures = sorted(path.name for path in folder.path.glob("*.png"))
-    for name in ("config.yaml", "metrics.json", "data_report.json", "report.html", *pictures):
-        if (folder.path / name).is_file():
-            tracker.log_artifact(folder.path / name)
-
-
-def _score(config: EvaluateConfig, protocols: list[str], model: JudgedModel, folder: RunFolder) -> dict[str, float]:
-    """All protocols, one after the other, into one file of metrics and one report."""
-    from saferlhf.evaluation.report import write_report
+def _measured(measurement: Measurement, model: JudgedModel, folder: RunFolder) -> Measured:
     from saferlhf.run.evaluate_moderation import measure_moderation
     from saferlhf.run.evaluate_preference import measure_preference
 
-    def of_policy(config: EvaluateConfig, model: JudgedModel) -> Measured:
+    if measurement.measure == POLICY:
         from saferlhf.run.evaluate_policy import measure_policy
 
-        return measure_policy(config, model, folder)
+        return measure_policy(measurement, model, folder)
+    measure = {"preference": measure_preference, "moderation": measure_moderation}[measurement.measure]
+    measured = measure(measurement, model)
+    if measured.judgements is not None:
+        measured.judgements.save(folder.path)
+    return measured
 
-    measures = {"preference": measure_preference, "moderation": measure_moderation, POLICY: of_policy}
-    found = {name: measures[name](config, model) for name in protocols}
-    metrics = {name: value for measured in found.values() for name, value in measured.metrics.items()}
-    for number, (name, measured) in enumerate(found.items()):
-        ending = f"_{name}" if number else ""
-        write_json(folder.path / f"data_report{ending}.json", measured.data_report)
-    split = config.split or "test"
-    first = found[protocols[0]]
+
+def _results(
+    metrics: Mapping[str, float], found: Sequence[tuple[Measurement, Measured]], model: JudgedModel
+) -> list[dict[str, Any]]:
+    """A line for each protocol that was measured."""
+    return [
+        protocol_result(
+            asked.protocol,
+            metrics,
+            measure=asked.measure,
+            kind=model.kind,
+            rows=measured.rows,
+            marks=measured.marks,
+            files=[file for listed in measured.data_report["files"].values() for file in listed],
+            fingerprint=measured.fingerprint,
+        )
+        for asked, measured in found
+        if asked.protocol is not None
+    ]
+
+
+def _report(
+    config: EvaluateConfig,
+    model: JudgedModel,
+    folder: RunFolder,
+    metrics: Mapping[str, float],
+    found: Sequence[tuple[Measurement, Measured]],
+    protocols: str,
+) -> None:
+    from saferlhf.evaluation.report import write_report
+
+    taken: set[str] = set()
+    for number, (asked, measured) in enumerate(found):
+        name = asked.key if asked.key not in taken else f"{asked.key}_{asked.measure}"
+        taken.add(name)
+        write_json(folder.path / f"data_report{f'_{name}' if number else ''}.json", measured.data_report)
+    what = f"{config.data.name} ({config.split or 'test'})"
+    if protocols:
+        what = config.protocol.name if config.protocol is not None else f"suite {config.suite.name}"
     write_report(
         folder.path / "report.html",
-        title=f"{model.kind} model on {config.data.name} ({split})",
+        title=f"{model.kind} model on {what}",
         subtitle=model.locator,
         metrics=metrics,
         config=asdict(config),
-        data_report=first.data_report,
-        histograms=[drawing for measured in found.values() for drawing in measured.drawings],
-        lineage={"model": model.locator, **{f"data for {name}": m.fingerprint for name, m in found.items()}},
+        data_report=found[0][1].data_report if len(found) == 1 or not protocols else None,
+        sections=[protocols],
+        histograms=[
+            (asked.name, drawing) if asked.protocol is not None else drawing
+            for asked, measured in found
+            for drawing in measured.drawings
+        ],
+        lineage={"model": model.locator, **{f"data for {asked.key}": m.fingerprint for asked, m in found}},
         confidence=config.evaluation.confidence,
     )
-    write_json(folder.metrics, metrics)
-    return metrics
 
 
 def _moderate(config: EvaluateConfig, model: JudgedModel, folder: RunFolder) -> dict[str, float]:
@@ -160,12 +217,15 @@ def _moderate(config: EvaluateConfig, model: JudgedModel, folder: RunFolder) -> 
 
 
 def _show(config: EvaluateConfig, folder: RunFolder, metrics: dict[str, float]) -> None:
+    kept = read_json(folder.path / PROTOCOLS) or {}
     if config.mode == "moderate":
         from saferlhf.run.moderate import say_moderated
 
         say_moderated(folder, metrics)
     elif any(name.startswith(f"{POLICY}/") for name in metrics):
         _show_policy(folder, metrics)
+    elif kept.get("results"):
+        say_protocols(folder, kept["results"], kept["left_out"])
     else:
         say_evaluation(folder, metrics, config.evaluation.confidence)
 

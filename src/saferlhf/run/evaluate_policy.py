@@ -1,4 +1,4 @@
-"""The protocol `policy`: what a policy answers to prompts, as judges see it, alone and against a baseline.
+"""The measure `policy`: what a policy answers to prompts, as judges see it, alone and against a baseline.
 
 Sample -> keep the responses -> judge -> measure -> draw. The responses are on disk before the first judge is asked: a
 judge may cost money, or fail.
@@ -21,7 +21,8 @@ from saferlhf.config.files import write_text
 from saferlhf.config.run_folder import RunFolder
 from saferlhf.config.schema import EvaluateConfig
 from saferlhf.data.build import build_data
-from saferlhf.data.rows import PromptRow
+from saferlhf.data.rows import PromptRow, QuestionAnswer
+from saferlhf.data.splits import prompt_key
 from saferlhf.errors import UserError
 from saferlhf.evaluation.policy_answers import PolicyAnswers, PromptSet, judged_by
 from saferlhf.evaluation.policy_config import TOYWORLD, AskedJudge, asked_judges
@@ -36,7 +37,8 @@ from saferlhf.models.loading import load_export
 from saferlhf.models.locator import resolve
 from saferlhf.models.metadata import ExportMetadata, read_metadata
 from saferlhf.run.judged_model import JudgedModel
-from saferlhf.run.measured import Measured, judged_rows
+from saferlhf.run.measured import Measured
+from saferlhf.run.measurements import Measurement
 from saferlhf.run.plan import device_for
 from saferlhf.run.row_progress import RowProgress
 from saferlhf.run.screen import say
@@ -46,51 +48,61 @@ PREFIX = "policy"
 SAMPLES = "samples.jsonl"
 
 
-def measure_policy(config: EvaluateConfig, model: JudgedModel, folder: RunFolder) -> Measured:
+def measure_policy(asked: Measurement, model: JudgedModel, folder: RunFolder) -> Measured:
     """Sample, judge and measure `model`, against `baseline` if there is one.
 
-    Leaves `samples.jsonl`, `reward_cost.png` and, for a run that logged a constraint, `constraint.png` in the folder.
+    Leaves `samples.jsonl`, `reward_cost.png` and, for a run that logged a constraint, `constraint.png` in the folder;
+    those of a protocol lie in a folder of its name.
 
     Raises:
         UserError: no prompts, no judge, a model that is no policy, or one whose tokenizer is not the reference's.
     """
-    asked = asked_judges(config)
-    check_judges(asked, output_root=config.output_root)
+    config = asked.config
+    prefix = PREFIX if asked.protocol is None else f"{asked.protocol.name}/{PREFIX}"
+    place = folder.path if asked.protocol is None else folder.path / asked.protocol.name
+    place.mkdir(parents=True, exist_ok=True)
+    judges = asked_judges(config)
+    check_judges(judges, output_root=config.output_root)
     rows = build_data(config.data, PromptRow)
-    _, part = judged_rows(config, rows)
+    part = asked.rows(rows)
     prompts = PromptSet(
-        ids=tuple(row.id for row in part), prompts=tuple(row.prompt for row in part), harmful=_harmful(config, part)
+        ids=tuple(row.id for row in part), prompts=tuple(row.prompt for row in part), harmful=_harmful(asked, part)
     )
     policies = _sampled(config, model, prompts)
-    write_samples(folder.path / SAMPLES, prompts, policies, with_scores=False)
-    policies = _judged(config, asked, prompts, policies)
-    write_samples(folder.path / SAMPLES, prompts, policies)
+    write_samples(place / SAMPLES, prompts, policies, with_scores=False)
+    policies = _judged(config, judges, prompts, policies)
+    write_samples(place / SAMPLES, prompts, policies)
     metrics = policy_metrics(
         prompts,
         policies["policy"],
         policies.get("baseline"),
-        prefix=PREFIX,
+        prefix=prefix,
         draws=config.evaluation.bootstrap_draws,
         confidence=config.evaluation.confidence,
         seed=config.seed,
     )
-    metrics |= {f"{PREFIX}/prompts": float(len(prompts)), f"{PREFIX}/samples": float(config.samples)}
+    metrics |= {f"{prefix}/prompts": float(len(prompts)), f"{prefix}/samples": float(config.samples)}
     if config.data.source == TOYWORLD:
-        metrics |= best_metrics(prompts.prompts, PREFIX)
+        metrics |= best_metrics(prompts.prompts, prefix)
     drawings = [svg for svg in (scatter_svg(policies),) if svg is not None]
-    scatter_png(folder.path / SCATTER, policies)
+    scatter_png(place / SCATTER, policies)
     if model.location.run_folder is not None:
         run_folder = model.location.run_folder
-        constraint_png(folder.path / CURVES, read_curves(run_folder / "curves.jsonl"), thresholds_of(run_folder))
+        constraint_png(place / CURVES, read_curves(run_folder / "curves.jsonl"), thresholds_of(run_folder))
     report = rows.report.to_dict()
-    return Measured(metrics, report, rows.fingerprint, list(drawings))
+    return Measured(metrics, report, rows.fingerprint, list(drawings), len(prompts))
 
 
 # ------------------------------------------------------------------------------------------------ prompts
-def _harmful(config: EvaluateConfig, rows: Sequence[PromptRow]) -> NDArray[np.float64]:
+def _harmful(asked: Measurement, rows: Sequence[PromptRow]) -> NDArray[np.float64]:
     """(n,) 1 = harmful, 0 = benign, NaN = not known."""
+    config = asked.config
     if config.harmful is not None:
         return np.full(len(rows), float(config.harmful))
+    if asked.protocol is not None and asked.protocol.unit == "prompt" and "moderation" in asked.protocol.measures:
+        labelled = build_data(config.data, QuestionAnswer, ("is_safe",)).test
+        unsafe = {prompt_key(row.prompt): float(not row.is_safe) for row in labelled}
+        return np.array([unsafe.get(prompt_key(row.prompt), np.nan) for row in rows])
     return harmful_requests([row.prompt for row in rows], toyworld=config.data.source == TOYWORLD)
 
 

@@ -1,8 +1,9 @@
-"""The protocol `preference`: does a reward or cost model order pairs as people did, and what do baselines reach?"""
+"""The measure `preference`: does a reward or cost model order pairs as people did, and what do baselines reach?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,33 +15,38 @@ from saferlhf.data.labels import labels_of
 from saferlhf.data.melt import answer_of
 from saferlhf.data.rows import PreferencePair
 from saferlhf.evaluation.baselines import answer_baselines, pair_baselines
+from saferlhf.evaluation.judgements import of_pairs
 from saferlhf.evaluation.plots import score_histograms
 from saferlhf.evaluation.preference import evaluate_preference, unsafe_labels
 from saferlhf.evaluation.score import score_rows
 from saferlhf.run import measure
 from saferlhf.run.judged_model import JudgedModel
-from saferlhf.run.measured import Measured, baseline_rows, judged_rows
+from saferlhf.run.measured import Measured
+from saferlhf.run.measurements import Measurement, seen_prompts
 from saferlhf.run.screen import say
 
 _OF_ORDER = ("pair_accuracy",)
 _OF_SIGN = ("sign_accuracy", "fpr", "fnr", "auroc")
 
 
-def measure_preference(config: EvaluateConfig, model: JudgedModel) -> Measured:
-    """Score the pairs of a split and hold the scores against their labels.
+def measure_preference(asked: Measurement, model: JudgedModel) -> Measured:
+    """Score pairs and hold the scores against their labels.
 
     Raises:
         UserError: rows without the needed label, or none.
     """
+    config, prefix = asked.config, asked.name
     kind: Any = model.kind
     preference = model.preference
-    rows = build_data(config.data, PreferencePair, (f"{preference}_response_id",))
-    split, part = judged_rows(config, rows)
+    label = (asked.protocol and asked.protocol.preference) or preference  # what the rows are read by
+    needs = (f"{label}_response_id",)
+    splits = build_data(config.data, PreferencePair, needs)
+    rows = _labelled_by(asked.rows(splits), label, preference)
     loaded = model.load(config)
     encoder = Encoder.build(loaded.tokenizer, loaded.metadata.template, loaded.metadata.max_length or 512)
-    encoded = encoder.pairs(part, split, rows.report, config.data.policy)
+    encoded = encoder.pairs(rows, prefix, splits.report, config.data.policy)
     pairs = list(encoded.rows)
-    say(f"scoring {len(pairs):,} pairs with {config.model}")
+    say(f"{prefix}: scoring {len(pairs):,} pairs with {config.model}")
     autocast = config.trainer.precision != "32-true"
     scores = score_rows(loaded.model, encoded, batch_size=config.trainer.eval_batch_size, autocast=autocast)
     metrics = measure.pair_metrics(
@@ -48,17 +54,29 @@ def measure_preference(config: EvaluateConfig, model: JudgedModel) -> Measured:
         scores,
         kind=kind,
         preference=preference,
-        prefix=split,
+        prefix=prefix,
         evaluation=config.evaluation,
         seed=config.seed,
         toyworld=config.data.source == "toyworld",
     )
-    train = baseline_rows(config, rows)
+    train = asked.training_rows(splits, PreferencePair, (f"{preference}_response_id",))
     if train:
-        say(f"training baselines on {len(train):,} pairs")
-        metrics |= _baselines(config, kind, preference, train, pairs, split)
+        say(f"{prefix}: training baselines on {len(train):,} pairs")
+        metrics |= _baselines(config, kind, preference, train, pairs, prefix)
+        if asked.protocol is not None:
+            metrics[f"{prefix}/seen_prompt_rate"] = float(np.mean(seen_prompts(pairs, train)))
     drawings = score_histograms(pairs, scores, kind=kind, preference=preference)
-    return Measured(metrics, rows.report.to_dict(), rows.fingerprint, list(drawings))
+    judgements = of_pairs(asked.key, pairs, scores, kind=kind, preference=preference)
+    return Measured(
+        metrics, splits.report.to_dict(), splits.fingerprint, list(drawings), len(pairs), judgements=judgements
+    )
+
+
+def _labelled_by(rows: Sequence[PreferencePair], label: str, preference: str) -> list[PreferencePair]:
+    """The rows, the label that they are read by standing for the one that the model was trained on."""
+    if label == preference:
+        return list(rows)
+    return [replace(row, **{f"{preference}_response_id": getattr(row, f"{label}_response_id")}) for row in rows]
 
 
 def _baselines(

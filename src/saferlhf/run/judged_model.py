@@ -1,11 +1,11 @@
-"""The model that `evaluate.py` judges or judges with: resolved, checked for the protocols, loaded once."""
+"""The model that `evaluate.py` judges or judges with: resolved, checked for what is to be measured, loaded once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from saferlhf.config.schema import EvaluateConfig
 from saferlhf.errors import UserError
@@ -13,10 +13,10 @@ from saferlhf.models.locator import Location, resolve
 from saferlhf.models.metadata import ExportMetadata, read_metadata
 
 POLICY = "policy"
-"""The protocol for language models without score heads, whatever they were trained as."""
+"""The measure for language models without score heads, whatever they were trained as."""
 
 FITS = {"preference": ("reward", "cost"), "moderation": ("moderator", "cost"), POLICY: ()}
-"""Protocol -> kinds of models with score heads that it is for."""
+"""Measure -> kinds of models with score heads that it is for."""
 
 MODERATES = FITS["moderation"]
 """Kinds of models that give verdicts on single answers."""
@@ -26,7 +26,7 @@ _TASKS = {"reward": "task=reward", "cost": "task=cost", "moderator": "task=moder
 
 @dataclass
 class JudgedModel:
-    """A trained model with score heads, or for the protocol `policy` a language model without.
+    """A trained model with score heads, or for the measure `policy` a language model without.
 
     Attributes:
         locator: as the user named it.
@@ -73,7 +73,7 @@ def judged_model(config: EvaluateConfig) -> JudgedModel:
     Raises:
         UserError: no such model, or one without the heads that are needed.
     """
-    kinds = tuple(dict.fromkeys(kind for protocol in _wanted(config) for kind in FITS[protocol]))
+    kinds = tuple(dict.fromkeys(kind for measure in _wanted(config) for kind in FITS[measure]))
     location = resolve(str(config.model), output_root=Path(config.output_root))
     if POLICY in _wanted(config) and (policy := _as_policy(config, location)) is not None:
         return policy
@@ -85,8 +85,8 @@ def judged_model(config: EvaluateConfig) -> JudgedModel:
         what = f"'{config.model}' is a model of kind '{metadata.kind}' without score heads"
         raise UserError(what, "model", mend)
     model = JudgedModel(str(config.model), location, metadata)
-    if config.mode == "moderate":
-        _refuse_unfit(model, "mode=moderate", MODERATES)
+    if config.mode == "moderate" and model.kind not in MODERATES:
+        refuse_unfit(model, "mode=moderate", "moderation")
     return model
 
 
@@ -98,30 +98,28 @@ def _as_policy(config: EvaluateConfig, location: Location) -> JudgedModel | None
     return None if metadata.heads else JudgedModel(str(config.model), location, metadata)
 
 
-def protocols_for(config: EvaluateConfig, model: JudgedModel) -> list[str]:
-    """The protocols of the suite that are for this kind of model.
+def fits(model: JudgedModel, measure: str) -> bool:
+    """Whether this is a measure for this kind of model."""
+    return not model.metadata.heads if measure == POLICY else model.kind in FITS[measure]
 
-    Raises:
-        UserError: one is not, and the suite does not skip it; or none is.
+
+def refuse_unfit(model: JudgedModel, wanted: str, *measures: str) -> NoReturn:
+    """Say that none of these measures is for this kind of model.
+
+    Args:
+        wanted: how the user asked for them.
     """
-    fitting = [name for name in config.suite.protocols if _fits(model, name)]
-    unfit = [name for name in config.suite.protocols if name not in fitting]
-    if unfit and (config.suite.unfit == "refuse" or not fitting):
-        _refuse_unfit(model, f"suite={config.suite.name}", FITS[unfit[0]])
-    return fitting
-
-
-def _fits(model: JudgedModel, protocol: str) -> bool:
-    return not model.metadata.heads if protocol == POLICY else model.kind in FITS[protocol]
+    kinds = list(dict.fromkeys(kind for measure in measures for kind in FITS[measure] or ("language",)))
+    what = f"'{model.locator}' is a {model.kind} model and {wanted} is for {' and '.join(kinds)} models"
+    suites = [f"suite={name}" for name in FITS if fits(model, name)]
+    raise UserError(what, "model", f"for this model: {' or '.join(suites)}")
 
 
 def _wanted(config: EvaluateConfig) -> Sequence[str]:
-    return ("moderation",) if config.mode == "moderate" else config.suite.protocols
-
-
-def _refuse_unfit(model: JudgedModel, wanted: str, kinds: Sequence[str]) -> None:
-    if model.kind in kinds:
-        return
-    what = f"'{model.locator}' is a {model.kind} model and {wanted} is for {' and '.join(kinds) or 'language'} models"
-    fits = [f"suite={name}" for name in FITS if _fits(model, name)]
-    raise UserError(what, "model", f"for this model: {' or '.join(fits)}")
+    """Measures that may be made of the model."""
+    if config.mode == "moderate":
+        return ("moderation",)
+    if config.protocol is not None:
+        return config.protocol.measures
+    named = [measure for protocol in config.suite.protocols.values() for measure in protocol.measures]
+    return list(dict.fromkeys([*config.suite.measures, *named]))

@@ -6,19 +6,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import expit
 
 from saferlhf.config.schema import DataPolicyConfig, EvaluateConfig
 from saferlhf.data.encode import EncodedAnswers, Encoder
 from saferlhf.data.report import DataReport
 from saferlhf.errors import UserError
+from saferlhf.evaluation.features import row_features
 from saferlhf.evaluation.moderate import moderate_rows
-from saferlhf.evaluation.score import score_rows
+from saferlhf.evaluation.score import evaluating, score_rows
+from saferlhf.models.adapters import has_active_adapter
 from saferlhf.models.metadata import ExportMetadata
-from saferlhf.models.moderator import calibration_of
+from saferlhf.models.moderator import calibration_of, logits_of
+from saferlhf.models.score_model import ScoreModel
 from saferlhf.ops.calibration import Calibration, decide
 from saferlhf.ops.moderation import ModerationLogits, Verdicts
 from saferlhf.run.judged_model import JudgedModel
+from saferlhf.run.screen import say
+
+_BLOCK = 1024  # rows through the heads at once
 
 
 class RowJudge:
@@ -42,6 +49,7 @@ class RowJudge:
         self._batch_size = config.trainer.eval_batch_size
         self._autocast = config.trainer.precision != "32-true"
         self._policy = config.data.policy
+        self._cache_dir = config.cache_dir
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -58,9 +66,19 @@ class RowJudge:
         """Tokens of the rows; over-long ones are handled as `policy.overlong` says, by default that of the data."""
         return self._encoder.answers(rows, split, report, policy or self._policy, prompt_only=self.prompt_only)
 
-    def logits(self, data: EncodedAnswers, progress: Callable[[int], None] | None = None) -> ModerationLogits:
-        """What the heads say, before calibration; the cost stands for the logit of unsafe."""
+    def logits(
+        self, data: EncodedAnswers, progress: Callable[[int], None] | None = None, *, kept: bool = False
+    ) -> ModerationLogits:
+        """What the heads say, before calibration; the cost stands for the logit of unsafe.
+
+        Args:
+            progress: called with the number of rows done so far.
+            kept: keep the hidden states of a probe in the cache, and take them from there. Every probe of these layers
+                of its backbone reads the same states.
+        """
         if self._kind == "moderator":
+            if kept and _reads_frozen_states(self._model):
+                return self._of_features(data, progress)
             return moderate_rows(
                 self._model, data, batch_size=self._batch_size, autocast=self._autocast, progress=progress
             )
@@ -69,11 +87,37 @@ class RowJudge:
             progress(len(data))
         return ModerationLogits(np.asarray(costs, np.float64), None, None)
 
+    def _of_features(self, data: EncodedAnswers, progress: Callable[[int], None] | None) -> ModerationLogits:
+        model = self._model
+        features = row_features(
+            model,
+            data,
+            layers=model.layers,
+            pooling=model.pooling,
+            autocast=self._autocast,
+            cache_dir=self._cache_dir,
+            progress=lambda so_far: progress and progress(len(data) - so_far.total_rows + so_far.rows),
+            say=say,
+        )
+        rows = torch.from_numpy(features.matrix(model.layers, model.span))
+        device = next(model.heads.parameters()).device
+        parts: dict[str, list[torch.Tensor]] = {}
+        with evaluating(model, autocast=False):
+            for block in rows.split(_BLOCK):
+                for head, values in model.scores(block.to(device)).items():
+                    parts.setdefault(head, []).append(values.float().cpu())
+        return logits_of({head: torch.cat(values) for head, values in parts.items()})
+
     def decide(self, logits: ModerationLogits) -> Verdicts:
         """Calibrated probabilities and consistent decisions; a cost above 0 says unsafe."""
         if self._kind == "moderator":
             return decide(logits, self.calibration)
         return Verdicts(expit(logits.unsafe), None, None, logits.unsafe > 0, None, None, logits.unsafe)
+
+
+def _reads_frozen_states(model: Any) -> bool:
+    """Whether this is a probe: heads on chosen layers of a backbone that nothing was added to."""
+    return isinstance(model, ScoreModel) and model.layers is not None and not has_active_adapter(model.trunk)
 
 
 def _calibration(metadata: ExportMetadata) -> Calibration:

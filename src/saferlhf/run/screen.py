@@ -106,6 +106,18 @@ def say_evaluation(folder: RunFolder, metrics: Mapping[str, float], confidence: 
     print(f"metrics: {folder.metrics}")
 
 
+def say_protocols(folder: RunFolder, results: Sequence[Mapping[str, Any]], left_out: Sequence[Sequence[str]]) -> None:
+    """A line for each protocol, and where the rest is."""
+    from rich.console import Console
+
+    from saferlhf.evaluation.protocol_results import protocols_table
+
+    width = output_width()
+    Console(width=None if width is None else max(width, 150)).print(protocols_table(results, left_out))
+    print(f"report:  {folder.path / 'report.html'}")
+    print(f"metrics: {folder.metrics}")
+
+
 def metrics_overview(folders: Mapping[str, Path], seconds: float) -> str:
     """Headline metrics of several runs in one table, with where each is."""
     from rich.console import Console

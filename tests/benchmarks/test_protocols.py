@@ -1,0 +1,125 @@
+"""docs/results.md: written from `protocols.json` alone, seeds as their mean, no folder of this machine in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+
+@pytest.fixture(scope="module")
+def protocols(project_root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("protocols", project_root / "benchmarks" / "protocols.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["protocols"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def a_result(value: float) -> dict[str, Any]:
+    return {
+        "protocol": "some_test",
+        "about": "answers to questions",
+        "rule": "unsafe where harmful",
+        "unit": "response",
+        "measure": "moderation",
+        "kind": "moderator",
+        "metric": "unsafe/f1",
+        "rows": 12,
+        "published_rows": 30,
+        "values": {"unsafe/f1": {"value": value, "low": 0.1, "high": 0.9, "tfidf": 0.25}},
+        "seen_prompt_rate": 0.25,
+        "unseen": {"value": 0.4},
+        "marks": ["off-protocol: texts alone"],
+        "note": None,
+        "peers": [
+            {
+                "model": "Peer",
+                "value": 0.9,
+                "ran_by": "own",
+                "source": "a paper",
+                "mark": "published",
+                "metric": None,
+                "note": None,
+            },
+            {
+                "model": "Count",
+                "value": 0.95,
+                "ran_by": "us",
+                "source": "the file",
+                "mark": "measured",
+                "metric": None,
+                "note": None,
+            },
+        ],
+        "files": [{"name": "test.json", "sha256": "a" * 64, "rows": 12}],
+        "fingerprint": "0" * 16,
+    }
+
+
+def a_folder(
+    path: Path, config: dict[str, Any], content: dict[str, Any] | None = None, status: str = "finished"
+) -> None:
+    path.mkdir(parents=True)
+    (path / "status.json").write_text(json.dumps({"status": status, "finished": 1.0}))
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    if content is not None:
+        (path / "protocols.json").write_text(json.dumps(content))
+
+
+def a_model(protocols: ModuleType, **changes: Any) -> Any:
+    fields = {
+        "heading": "probe",
+        "about": "A probe.",
+        "train": "python train.py seed={seed}",
+        "seeds": (0, 1),
+        "run": "runs",
+        "evaluate": "python evaluate.py",
+    }
+    return protocols.Measured(**(fields | changes))
+
+
+def test_the_page_says_what_the_evaluations_found(protocols: ModuleType, tmp_path: Path) -> None:
+    for seed, value in ((0, 0.5), (1, 0.7)):
+        run = tmp_path / "runs" / f"r{seed}"
+        a_folder(run, {"seed": seed})
+        left_out = [["other_test", f"no folder other in {tmp_path}/data (in data.root); give one"]]
+        content = {"results": [a_result(value)], "left_out": left_out}
+        a_folder(tmp_path / "protocols" / f"e{seed}", {"model": str(run)}, content)
+    page = tmp_path / "results.md"
+    assert protocols.write([a_model(protocols)], tmp_path, page)
+    text = page.read_text()
+    assert (
+        "| [some_test](#some_test) | `unsafe/f1` | 12 of 30 | **0.600** (0.100 .. 0.900), seeds 0.500 to 0.700 |"
+        in text
+    )
+    assert "| 0.250 | 0.900 Peer |" in text  # a count of ours is no published number
+    assert "25.0% of the rows have a prompt" in text and "without them `unsafe/f1` is 0.400" in text
+    assert "| Peer | `unsafe/f1` | 0.900 |  | own run, a paper (published) |" in text
+    assert "- `other_test`: no folder other in FOLDER" in text and str(tmp_path) not in text
+    assert "`test.json` (sha256 `aaaaaaaaaaaaaaaa`)" in text
+
+
+def test_what_is_missing_is_said(protocols: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_folder(tmp_path / "runs" / "r0", {"seed": 0})
+    a_folder(tmp_path / "runs" / "r1", {"seed": 1}, status="running")
+    content = {"results": [a_result(0.5)], "left_out": []}
+    a_folder(tmp_path / "protocols" / "e0", {"model": str(tmp_path / "runs" / "r0")}, content)
+    page = tmp_path / "results.md"
+    assert not protocols.write([a_model(protocols)], tmp_path, page)
+    assert "no finished evaluation of seed 1" in capsys.readouterr().out
+    assert "**0.500**" in page.read_text()
+    assert not protocols.write([a_model(protocols, run="none")], tmp_path, tmp_path / "not.md")
+    assert not (tmp_path / "not.md").exists()
+
+
+def test_the_models_of_the_page(protocols: ModuleType, project_root: Path) -> None:
+    models = protocols.read_models(project_root / "benchmarks" / "protocols.yaml")
+    assert models and all("{seed}" in model.train and "suite=all" in model.evaluate for model in models)
