@@ -11,7 +11,8 @@ from command_lines import composed
 
 from saferlhf.config.checks import check_config, check_evaluate
 from saferlhf.config.defaults import fill_defaults
-from saferlhf.config.schema import AnnotatorsConfig, EvaluateConfig, TrainConfig
+from saferlhf.config.evaluate_schema import EvaluateConfig
+from saferlhf.config.schema import AnnotatorsConfig, TrainConfig
 from saferlhf.config.validate import evaluate_config, train_config
 from saferlhf.errors import UserError
 

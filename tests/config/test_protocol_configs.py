@@ -6,8 +6,8 @@ import pytest
 from command_lines import composed
 
 from saferlhf.config.checks import check_evaluate
+from saferlhf.config.evaluate_schema import EvaluateConfig, ProtocolConfig
 from saferlhf.config.paths import conf_dir
-from saferlhf.config.schema import EvaluateConfig, ProtocolConfig
 from saferlhf.config.validate import evaluate_config
 from saferlhf.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from saferlhf.config import schema
+from saferlhf.config import evaluate_schema, schema
 from saferlhf.config.paths import conf_dir
 from saferlhf.config.rollout_schema import JUDGES
 from saferlhf.config.task_schema import TASKS
@@ -18,7 +18,8 @@ from saferlhf.config.validate import DIFF_GROUPS, PLUGS, RUNNER_KEYS
 
 CONF = conf_dir()
 GROUPS = sorted({file.parent for file in CONF.rglob("*.yaml") if file.parent != CONF})
-CLASSES = [c for c in vars(schema).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+IN_SCHEMAS = {**vars(schema), **vars(evaluate_schema)}.values()
+CLASSES = [c for c in IN_SCHEMAS if isinstance(c, type) and dataclasses.is_dataclass(c)]
 
 
 def group_fields(cls: type) -> dict[str, type]:
@@ -41,7 +42,7 @@ def schema_of(group: str, option: str) -> type:
         return JUDGES[option]
     if group == "pipeline":
         return schema.PipelineConfig
-    level: dict[str, type] = {**group_fields(schema.EvaluateConfig), **group_fields(schema.TrainConfig)}
+    level: dict[str, type] = {**group_fields(evaluate_schema.EvaluateConfig), **group_fields(schema.TrainConfig)}
     cls: type | None = None
     for part in group.split("/"):
         cls = level[part]
@@ -100,7 +101,7 @@ def test_an_option_is_named_as_its_file(group: str, option: str) -> None:
     ("command", "cls", "more"),
     [
         ("train", schema.TrainConfig, {*RUNNER_KEYS, *DIFF_GROUPS}),
-        ("evaluate", schema.EvaluateConfig, set()),
+        ("evaluate", evaluate_schema.EvaluateConfig, set()),
     ],
 )
 def test_a_command_has_the_keys_of_its_schema(command: str, cls: type, more: set[str]) -> None:

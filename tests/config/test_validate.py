@@ -6,7 +6,7 @@ import pytest
 from command_lines import composed
 from omegaconf import OmegaConf
 
-from saferlhf.config import schema
+from saferlhf.config import evaluate_schema, schema
 from saferlhf.config.validate import (
     evaluate_config,
     in_plain_words,
@@ -127,7 +127,7 @@ def test_known_keys(dotted: str, some: set[str]) -> None:
 def test_known_keys_of_unknown_parents() -> None:
     assert known_keys("nowhere.x") == []
     assert known_keys("backbone.architecture.x") == []
-    assert "pipeline" not in known_keys("x", schema.EvaluateConfig)
+    assert "pipeline" not in known_keys("x", evaluate_schema.EvaluateConfig)
 
 
 def test_suggestions() -> None:

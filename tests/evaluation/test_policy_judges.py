@@ -10,15 +10,8 @@ import pytest
 import torch
 from models.tiny_models import backbone_config
 
-from saferlhf.config.schema import (
-    DataConfig,
-    DataPolicyConfig,
-    EvaluateConfig,
-    EvaluationConfig,
-    SuiteConfig,
-    TrackingConfig,
-    TrainerConfig,
-)
+from saferlhf.config.evaluate_schema import EvaluateConfig, SuiteConfig
+from saferlhf.config.schema import DataConfig, DataPolicyConfig, EvaluationConfig, TrackingConfig, TrainerConfig
 from saferlhf.data.encode import Encoder
 from saferlhf.data.rows import QuestionAnswer
 from saferlhf.data.toyworld import question_answers, vocabulary

@@ -8,7 +8,8 @@ import re
 from saferlhf.config.check_values import layer_numbers, one_of, positive, seeds, shares
 from saferlhf.config.checks_online import check_online_run
 from saferlhf.config.checks_task import check_moderation, check_probe
-from saferlhf.config.schema import DataConfig, EvaluateConfig, EvaluationConfig, TrainConfig, TrainerConfig
+from saferlhf.config.evaluate_schema import EvaluateConfig
+from saferlhf.config.schema import DataConfig, EvaluationConfig, TrainConfig, TrainerConfig
 from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.errors import UserError
 

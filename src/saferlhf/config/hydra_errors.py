@@ -9,7 +9,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from saferlhf.config import schema
+from saferlhf.config import evaluate_schema, schema
 from saferlhf.config.arguments import key_of
 from saferlhf.config.paths import conf_dir
 from saferlhf.config.validate import in_plain_words, key_mend, known_keys, suggestion
@@ -39,7 +39,7 @@ def as_user_error(error: BaseException, command: str = "train", overrides: Seque
         command: train | evaluate: whose keys may be suggested.
         overrides: what was typed, for errors that do not say which word they mean.
     """
-    root = schema.TrainConfig if command == "train" else schema.EvaluateConfig
+    root = schema.TrainConfig if command == "train" else evaluate_schema.EvaluateConfig
     if isinstance(error, MissingConfigException):
         return _missing_config(error)
     if isinstance(error, OverrideParseException):

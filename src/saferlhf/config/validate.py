@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from saferlhf.config import schema
+from saferlhf.config import evaluate_schema, schema
 from saferlhf.config.online_schema import ADVANTAGES, CONSTRAINTS
 from saferlhf.config.roles_schema import RolesConfig
 from saferlhf.config.rollout_schema import RolloutConfig, scorers_config
@@ -132,10 +132,10 @@ def _chosen(group: str, node: Any) -> Any:
     return typed(choices[name], node, group)
 
 
-def evaluate_config(composed: DictConfig) -> schema.EvaluateConfig:
+def evaluate_config(composed: DictConfig) -> evaluate_schema.EvaluateConfig:
     """The typed configuration of `evaluate.py`."""
     tree = OmegaConf.to_container(composed, resolve=True)
-    config = typed(schema.EvaluateConfig, tree, "")
+    config = typed(evaluate_schema.EvaluateConfig, tree, "")
     config.data = _settled(config.data)
     return config
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.config.identity import identity_tree
 from saferlhf.config.rollout_schema import JudgeConfig, ModelJudgeConfig, TruthJudgeConfig, judge_config
-from saferlhf.config.schema import EvaluateConfig
 from saferlhf.errors import UserError
 from saferlhf.models.locator import content_id_of
 

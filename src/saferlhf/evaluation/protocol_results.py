@@ -12,7 +12,7 @@ from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from saferlhf.config.schema import ProtocolConfig
+from saferlhf.config.evaluate_schema import ProtocolConfig
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from saferlhf.config.checks import check_evaluate
+from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.config.files import read_json, write_json
 from saferlhf.config.identity import identity_tree, run_hash
 from saferlhf.config.run_folder import FINISHED, RunFolder
-from saferlhf.config.schema import EvaluateConfig
 from saferlhf.data.build import data_fingerprint
 from saferlhf.data.checks import check_policy
 from saferlhf.errors import UserError

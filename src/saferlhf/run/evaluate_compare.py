@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.config.files import read_json
 from saferlhf.config.identity import run_hash
 from saferlhf.config.run_folder import FINISHED, RunFolder
-from saferlhf.config.schema import EvaluateConfig
 from saferlhf.run.compare_models import Models, compare_models, resolve_models
 from saferlhf.run.evaluation_folder import in_folder
 from saferlhf.run.judged_model import judged_model

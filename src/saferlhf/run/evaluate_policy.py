@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.config.files import write_text
 from saferlhf.config.run_folder import RunFolder
-from saferlhf.config.schema import EvaluateConfig
 from saferlhf.data.build import build_data
 from saferlhf.data.rows import PromptRow, QuestionAnswer
 from saferlhf.data.splits import prompt_key

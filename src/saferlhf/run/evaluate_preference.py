@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from saferlhf.config.schema import EvaluateConfig
+from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.data.build import build_data
 from saferlhf.data.encode import Encoder
 from saferlhf.data.labels import labels_of

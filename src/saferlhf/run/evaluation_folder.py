@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.config.files import write_text
 from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
-from saferlhf.config.schema import EvaluateConfig
 
 ARTIFACTS = ("config.yaml", "metrics.json", "protocols.json", "comparison.json", "comparison.md", "data_report.json")
 """Files that the tracker is given, besides the report and the pictures; responses stay on this machine."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from saferlhf.config.schema import EvaluateConfig
+from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.errors import UserError
 from saferlhf.models.locator import Location, resolve
 from saferlhf.models.metadata import ExportMetadata, read_metadata

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
+from saferlhf.config.evaluate_schema import EvaluateConfig, ProtocolConfig
 from saferlhf.config.identity import identity_tree
-from saferlhf.config.schema import DataConfig, EvaluateConfig, ProtocolConfig
+from saferlhf.config.schema import DataConfig
 from saferlhf.data.build import Splits, build_data, data_fingerprint
 from saferlhf.data.rows import Row
 from saferlhf.data.splits import prompt_key, take

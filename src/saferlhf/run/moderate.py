@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.config.files import write_json
 from saferlhf.config.run_folder import RunFolder
-from saferlhf.config.schema import DataPolicyConfig, EvaluateConfig
+from saferlhf.config.schema import DataPolicyConfig
 from saferlhf.data.melt import as_kind
 from saferlhf.data.report import SPLITS
 from saferlhf.data.rows import PromptRow, QuestionAnswer, Row

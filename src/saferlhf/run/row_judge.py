@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from scipy.special import expit
 
-from saferlhf.config.schema import DataPolicyConfig, EvaluateConfig
+from saferlhf.config.evaluate_schema import EvaluateConfig
+from saferlhf.config.schema import DataPolicyConfig
 from saferlhf.data.encode import EncodedAnswers, Encoder
 from saferlhf.data.report import DataReport
 from saferlhf.errors import UserError
