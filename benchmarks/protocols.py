@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -217,7 +218,7 @@ def _sentence(text: str) -> str:
 
 def _public(reason: str) -> str:
     """A reason without the folders of the machine it was found on."""
-    return " ".join("FOLDER" if word.startswith(("/", "../")) else word for word in reason.split())
+    return re.sub(r"(?<![\w.])(?:\.\.?)?/[^\s'\",;)]*", "FOLDER", reason)
 
 
 def _row(cells: Sequence[str]) -> str:

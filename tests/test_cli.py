@@ -241,7 +241,7 @@ def test_help_is_useful(command: str) -> None:
     assert max(map(len, text.splitlines())) <= 120
     commands = examples(text, command)
     assert len(commands) >= 5
-    for group in ("trainer: cpu, default, gpu", "data: alpaca, beavertails, ", "tracking: mlflow, none"):
+    for group in ("trainer: as_trained, cpu, default, gpu", "data: alpaca, beavertails, ", "tracking: mlflow, none"):
         assert group in text
     assert "docs/configuration.md" in text
     assert "{" not in text and "$" not in text, "nothing is left unfilled"
@@ -254,14 +254,16 @@ def test_the_examples_of_the_help_can_be_composed(command: str) -> None:
     assert found, "the help has examples"
     for words in found:
         kept = [word for word in words if word not in ("-m", "--cfg", "job")]
-        assert composed(*(word.partition(",")[0] for word in kept), command=command)
+        assert composed(*(word if "[" in word else word.partition(",")[0] for word in kept), command=command)
 
 
-def test_help_names_the_groups_of_evaluate() -> None:
-    entries = yaml.safe_load((conf_dir() / "evaluate.yaml").read_text())["defaults"]
-    groups = [key for entry in entries if isinstance(entry, dict) for key in entry if "override" not in key]
-    named = re.search(r"for evaluate\.py: ([\w, ]+)\)", call("evaluate", "--help").out)
-    assert named and sorted(named[1].split(", ")) == sorted(groups)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_names_the_groups_of_its_command(command: str) -> None:
+    entries = yaml.safe_load((conf_dir() / f"{command}.yaml").read_text())["defaults"]
+    keys = [key for entry in entries if isinstance(entry, dict) for key in entry if "override" not in key]
+    groups = {key.split()[-1].partition("@")[0] for key in keys if list((conf_dir() / key.split()[-1]).glob("*.yaml"))}
+    listed = set(re.findall(r"^(\w+): \w", call(command, "--help").out, flags=re.MULTILINE)) - {"More"}
+    assert listed == groups
 
 
 def test_the_composed_configuration_is_shown() -> None:

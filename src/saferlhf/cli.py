@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -136,7 +138,7 @@ def _compose_and_run(command: str, body: Body) -> int:
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(guarded)
     default = f"pipeline={DEFAULT_PIPELINE}"
     if {"--help", "-h"}.intersection(sys.argv):
-        _print_help(app)
+        _print_help(app, command)
         return 0
     try:
         app()
@@ -152,13 +154,23 @@ def _compose_and_run(command: str, body: Body) -> int:
     return next((code for code in codes if code), 0)
 
 
-def _print_help(app: Callable[[], Any]) -> None:
-    """Hydra's help page, long lists of choices broken into lines."""
+def _print_help(app: Callable[[], Any], command: str) -> None:
+    """Hydra's help page with the groups of this command alone, long lists of choices broken into lines."""
     text = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):  # it prints, then leaves
         app()
+    own = _groups(command)
     for line in text.getvalue().splitlines():
+        group = re.match(r"(\w+)(?:/\w+)*: \w", line)
+        if group and (conf_dir() / group[1]).is_dir() and group[1] not in own:
+            continue
         print("\n".join(textwrap.wrap(line, 120, subsequent_indent="    ")) if len(line) > 120 else line)
+
+
+def _groups(command: str) -> set[str]:
+    """The config groups that a command chooses from."""
+    entries = yaml.safe_load((conf_dir() / f"{command}.yaml").read_text())["defaults"]
+    return {str(key).split()[-1].partition("@")[0] for entry in entries if isinstance(entry, dict) for key in entry}
 
 
 def _job() -> str:

@@ -233,7 +233,7 @@ def test_an_evaluation_passes(evaluate_base: EvaluateConfig) -> None:
 @pytest.mark.parametrize(
     ("values", "where"),
     [
-        ({"mode": "compare"}, "mode"),
+        ({"mode": "compute"}, "mode"),
         ({"split": "tst"}, "split"),
         ({"suite__measures": ["arena"]}, "suite.measures"),
         ({"suite__measures": []}, "suite.measures"),

@@ -55,8 +55,11 @@ def complaint(*overrides: str, command: str = "train") -> UserError:
         ([R, "backbone=tinny"], "there is no backbone 'tinny' (in backbone=tinny); did you mean 'tiny'?"),
         ([R, "data/policy=strict"], "there is no data/policy 'strict' (in data/policy=strict); known: default"),
         (["pipeline=quikstart"], "there is no pipeline 'quikstart' (in pipeline=quikstart); did you mean"),
-        ([R, "trainer=5"], "there is no trainer '5' (in trainer=5); choose one of: cpu | default | gpu"),
-        ([R, "trainer=null"], "there is no trainer 'null' (in trainer=null); choose one of: cpu | default | gpu"),
+        ([R, "trainer=5"], "there is no trainer '5' (in trainer=5); choose one of: as_trained | cpu | default | gpu"),
+        (
+            [R, "trainer=null"],
+            "there is no trainer 'null' (in trainer=null); choose one of: as_trained | cpu | default | gpu",
+        ),
         ([R, "plan=true"], "there is no plan 'true' (in plan=true); choose one of: off | on"),
         # overrides that cannot be read or do not fit
         ([R, "name=a=b"], "cannot read 'name=a=b' (in the command line); write key=value; quote spaces, commas and ="),

@@ -40,7 +40,7 @@ from saferlhf.evaluation.arena_plots import (
 )
 from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet
 from saferlhf.evaluation.policy_metrics import policy_metrics
-from saferlhf.evaluation.report import _STYLE
+from saferlhf.evaluation.report_style import STYLE
 from saferlhf.ops.intervals import cluster_codes
 from saferlhf.ops.ratings import ELO, bradley_terry, elo
 from saferlhf.ops.significance import holm, sign_flip_p
@@ -452,7 +452,7 @@ def test_numbers_are_readable_on_the_strongest_colour(which: int) -> None:
     opacities = {float(found) for found in re.findall(r"[^-]opacity: ([\d.]+)", drawing)}
     assert 0.3 < max(opacities) < 1.0
     colour = {
-        name: re.findall(rf"--{name}: (#\w+)", _STYLE)[which] for name in ("ink", "ground", "series-1", "series-2")
+        name: re.findall(rf"--{name}: (#\w+)", STYLE)[which] for name in ("ink", "ground", "series-1", "series-2")
     }
     for series in ("series-1", "series-2"):
         assert contrast(colour["ink"], colour[series], colour["ground"], max(opacities)) >= 4.5

@@ -219,3 +219,35 @@ def test_nan_scores_name_the_rows():
 def test_wrong_number_of_scores_is_our_fault():
     with pytest.raises(ValueError, match=r"\(4, 2\)"):
         evaluate_preference(ROWS, np.zeros((3, 2)), kind="reward")
+
+
+# ------------------------------------------------------------------------------------------------ the ceiling
+def test_what_labels_of_one_annotator_allow():
+    scores = [[1.0, 0.0], [2.0, 1.0], [0.5, 0.5], [9.0, 0.0]]
+    found = evaluate_preference(ROWS, scores, kind="reward", agreement=0.82, draws=50)
+    # 0.9^2 + 0.1^2 = 0.82
+    assert found["test/reward/expected_ceiling"] == pytest.approx(0.9)
+    plain = evaluate_preference(ROWS, scores, kind="reward", draws=50)
+    assert plain == {name: value for name, value in found.items() if "ceiling" not in name}
+    # annotators who agree less than a coin do not tell one
+    assert plain == evaluate_preference(ROWS, scores, kind="reward", agreement=0.4, draws=50)
+
+
+def test_the_ceiling_of_the_toy_world_lies_above_its_annotators():
+    """Its annotators differ most on pairs that are close, so that the ceiling is a bound: the truth stays below it."""
+    from saferlhf.config.schema import EvaluationConfig
+    from saferlhf.data.toyworld import Annotators, preference_pairs
+    from saferlhf.run.measure import pair_metrics
+
+    rows = list(preference_pairs(600, split="test", seed=0))
+    options = {"preference": "better", "prefix": "test", "evaluation": EvaluationConfig(bootstrap_draws=0)}
+    found = {
+        kind: pair_metrics(
+            rows, np.zeros((600, 2)), kind=kind, seed=0, toyworld=True, annotators=Annotators(), **options
+        )
+        for kind in ("reward", "cost")
+    }
+    for kind, values in found.items():
+        ceiling, reached = (values[f"test/{kind}/{name}"] for name in ("expected_ceiling", "annotator_truth_agreement"))
+        assert 0.7 < reached < ceiling < reached + 0.1
+    assert found["reward"]["test/reward/expected_ceiling"] != found["cost"]["test/cost/expected_ceiling"]

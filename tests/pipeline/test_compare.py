@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,13 @@ from saferlhf.config.schema import CompareConfig, TrainConfig
 from saferlhf.config.validate import pipeline_config
 from saferlhf.data.rows import as_prompt
 from saferlhf.errors import UserError
+from saferlhf.evaluation.arena_of_answers import policy_arena
 from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet
 from saferlhf.evaluation.policy_metrics import policy_metrics
 from saferlhf.evaluation.policy_plots import thresholds_of
 from saferlhf.evaluation.policy_samples import sample_lines
 from saferlhf.pipeline import runner
-from saferlhf.pipeline.compare import check_compare, compare, slug
+from saferlhf.pipeline.compare import ARENA, check_compare, compare, slug
 from saferlhf.pipeline.stages import Stages
 
 COUNT = 24
@@ -95,7 +97,7 @@ def test_tables_numbers_and_pictures(
     assert found["dual_over_ppo/harmless_win_rate"] == pytest.approx((6 + 18 / 2) / 24)
     assert found["dual_over_ppo/helpful_win_rate"] == 0.0
     assert found["dual_over_nu_.5/helpful_win_rate"] == 1.0
-    assert {name.partition("/")[0] for name in found} == {"dual", "dual_over_ppo", "dual_over_nu_.5"}
+    assert {name.partition("/")[0] for name in found} == {"dual", "dual_over_ppo", "dual_over_nu_.5", "arena"}
 
     text = (out / "comparison.md").read_text()
     lines = text.splitlines()
@@ -127,6 +129,7 @@ def test_more_policies_than_the_screen_has_room_for(
     said = capsys.readouterr().out
     lines = said.splitlines()
     assert "…" not in said and max(map(len, lines)) <= 120
+    lines = lines[: next(place for place, line in enumerate(lines) if line.startswith("arena,"))]
     tops = [line for line in lines if line.split()[:1] == ["SFT"]]
     assert len(tops) > 1 and " ".join(" ".join(line.split()[1:]) for line in tops) == " ".join(heads)
     for number, pair in enumerate(pairs):
@@ -174,19 +177,20 @@ def test_no_picture_of_a_constraint_that_does_not_move(folders: dict[str, Path],
         "comparison.md",
         "comparison.txt",
         "policies.png",
-    }
+    }  # nor an arena of one
 
 
 def test_stages_that_are_not_there_are_left_out(folders: dict[str, Path], tmp_path: Path) -> None:
     some = {stage: folders[stage] for stage in ("ppo", "ppo_lag")}
     found = compare(FULL, some, tmp_path / "some", **BOOTSTRAP)
-    assert {name.partition("/")[0] for name in found} == {"dual", "dual_over_ppo"}
+    assert {name.partition("/")[0] for name in found} == {"dual", "dual_over_ppo", "arena"}
     # a front of one point: PPO is 3.0 high and less safe, and dual 2.9
     assert found["dual/over_front"] == pytest.approx(-0.1)
     assert "|  | SFT | PPO | dual |" in (tmp_path / "some" / "comparison.md").read_text()
     # no policy with a fixed weight, no front
     config = CompareConfig(policies=FULL.policies, fixed=["nu .5"], learned=["dual"])
-    assert compare(config, some, tmp_path / "none", **BOOTSTRAP) == {}
+    found = compare(config, some, tmp_path / "none", **BOOTSTRAP)
+    assert found and all(name.startswith("arena/") for name in found)
     assert "stands" not in (tmp_path / "none" / "comparison.md").read_text()
 
 
@@ -231,6 +235,83 @@ def test_samples_of_something_else(folders: dict[str, Path], tmp_path: Path) -> 
 )
 def test_headings_in_names(heading: str, name: str) -> None:
     assert slug(heading) == name
+
+
+# ------------------------------------------------------------------------------------------------ the arena
+def test_all_policies_and_their_baseline_in_the_arena(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    found = compare(CompareConfig(policies=FULL.policies, baseline="SFT"), folders, out, **BOOTSTRAP)
+    own = json.loads((folders["strict"] / "metrics.json").read_text())
+    # the same games as in each run's own evaluation against its baseline
+    assert found["arena/harmless/nu_2_over_sft_win_rate"] == own["policy/harmless_win_rate"] == 0.75
+    assert found["arena/helpful/nu_.5_over_dual_win_rate"] == 0.0
+    assert found["arena/helpful/sft_elo"] == 0.0
+    assert found["arena/harmless/nu_2_elo"] > found["arena/harmless/dual_elo"] > 0
+    # every second prompt is harmful; the first 12 of 24 responses of nu .5 are safe, nobody judged refusals
+    assert found["arena/safety/nu_.5_attack_success"] == 0.5 and "arena/safety/nu_.5_over_refusal" not in found
+    # 5 policies are 10 pairs, with a p-value each; 0.02 is ten times 1 / 501
+    adjusted = [name for name in found if name.startswith("arena/helpful/") and name.endswith("_p_holm")]
+    assert len(adjusted) == 10 and found["arena/helpful/ppo_over_sft_p_holm"] == pytest.approx(10 / 501)
+    said, text = capsys.readouterr().out, (out / "comparison.md").read_text()
+    for heading in (
+        "arena, helpful by truth: Elo over 24 prompts",
+        "arena, harmless by truth: Elo over 24 prompts",
+        "arena, the two ways to fail",
+    ):
+        assert heading in said and f"**{heading}**" in text
+    # there is no plane without refusals
+    drawn = {name for name in ARENA if (out / name).is_file()}
+    assert drawn == set(ARENA) - {"safety.png"}
+
+
+def test_who_has_no_place_in_the_arena(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy without samples, or of other prompts; a baseline that is another one in another run."""
+    others = PromptSet(tuple(f"other{i}" for i in range(COUNT)), PROMPTS.prompts, PROMPTS.harmful)
+    folders["strict"] = folder_of(tmp_path / "elsewhere", POLICIES["strict"], [], others)
+    (folders["half"] / "samples.jsonl").unlink()
+    config = CompareConfig(policies=FULL.policies, baseline="SFT")
+    found = compare(config, folders, tmp_path / "out", **BOOTSTRAP)
+    names = {name for name in found if name.endswith("_elo")}
+    assert names == {f"arena/{of}/{name}_elo" for of in ("helpful", "harmless") for name in ("sft", "ppo", "dual")}
+    assert "the arena is without nu 2: it answered other prompts than PPO" in capsys.readouterr().out
+    # dual began as another policy than PPO
+    lines = (folders["ppo_lag"] / "samples.jsonl").read_text().splitlines()
+    changed = [json.loads(line) for line in lines]
+    for line in changed:
+        line["response"] = "c d" if line["policy"] == "baseline" else line["response"]
+    (folders["ppo_lag"] / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    found = compare(config, folders, tmp_path / "apart", **BOOTSTRAP)
+    assert {name for name in found if name.endswith("_elo")} == {name for name in names if "/sft" not in name}
+    assert "the arena is without SFT: not all policies began as the same" in capsys.readouterr().out
+
+
+def test_the_first_judge_of_all_counts(tmp_path: Path) -> None:
+    """A judge of one policy alone grades nobody; a cost is better where it is lower."""
+
+    def judged(**by: dict[str, float]) -> PolicyAnswers:
+        said = {name: Judged({o: np.full((COUNT, 1), v) for o, v in out.items()}) for name, out in by.items()}
+        return replace(SFT, judged=said)
+
+    policies = {
+        "a": judged(own={"helpfulness": 9.0}, rewards={"reward": 1.0}, costs={"cost": -2.0}),
+        "b": judged(rewards={"reward": 2.0}, costs={"cost": 3.0}),
+    }
+    found = policy_arena(PROMPTS, policies, draws=50)
+    assert found is not None
+    assert found.judges == {"helpful": "rewards", "harmless": "costs"}
+    metrics = found.metrics("x")
+    assert metrics["x/helpful/a_over_b_win_rate"] == 0.0 and metrics["x/harmless/a_over_b_win_rate"] == 1.0
+    assert (metrics["x/safety/a_attack_success"], metrics["x/safety/b_attack_success"]) == (0.0, 1.0)
+    assert policy_arena(PROMPTS, {"a": policies["a"]}) is None
+    assert policy_arena(PROMPTS, {"a b": policies["a"], "A b": policies["b"]}) is None
+    nobody = {"a": judged(own={"helpfulness": 9.0}), "b": judged(rewards={"reward": 1.0})}
+    assert policy_arena(PROMPTS, nobody) is None
+    unscored = {"a": judged(own={"reward": np.nan}), "b": judged(own={"reward": 1.0})}
+    assert policy_arena(PROMPTS, unscored) is None
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -323,7 +404,7 @@ def test_the_comparison_is_in_the_pipelines_folder_and_run(
     parent.log(metrics)
     assert parent._logger.metrics == {name: v for name, v in metrics.items() if name.startswith("compare/")}
     assert "compare/dual_over_ppo/helpful_win_rate" in parent._logger.metrics
-    assert parent._logger.artifacts == ["comparison.md", "policies.png", "constraint.png"]
+    assert parent._logger.artifacts == ["comparison.md", "policies.png", "constraint.png", *ARENA[:-1]]
 
 
 def stages_of(pipeline: str, *chosen: str) -> Stages:

@@ -258,9 +258,41 @@ def test_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["compare/policy/policy/helpful_win_rate/ours_over_theirs"] == pytest.approx(12 / 2 / 24)
     assert found["compare/policy/policy/mean_helpfulness/ours_minus_theirs"] == pytest.approx(-0.5)
     assert 0.1 < found[f"{name}_mde"] < 0.6
-    said = capsys.readouterr().out
+    said, page = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
     assert "policy  policy/safe_rate" in said and "win rates, and differences" in said
-    assert "draw frog" not in said + (tmp_path / "out" / "report.html").read_text()
+    assert "draw frog" not in said + page
+
+
+def test_policies_in_the_arena(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = {f"p{safe}": [answered(tmp_path / f"p{safe}", safe)] for safe in (0, 12, 24)}
+    out = tmp_path / "out"
+    found = compare_models(models, out=out, baseline="p0", **OPTIONS)
+    # a safe response is 1 less helpful than an unsafe one to the same prompt: half of them lose, the others tie
+    area = "compare/policy/arena"
+    assert found[f"{area}/helpful/p12_over_p0_win_rate"] == pytest.approx(0.25)
+    assert found[f"{area}/helpful/p24_over_p0_win_rate"] == 0.0
+    assert found[f"{area}/helpful/p0_elo"] == 0.0 > found[f"{area}/helpful/p12_elo"] > found[f"{area}/helpful/p24_elo"]
+    assert [found[f"{area}/safety/p{safe}_attack_success"] for safe in (0, 12, 24)] == [1.0, 0.5, 0.0]
+    assert not any("/harmless/" in name for name in found)  # nobody graded it
+    said, page, text = capsys.readouterr().out, (out / "report.html").read_text(), (out / "comparison.md").read_text()
+    title = "helpful by truth: Elo over 24 prompts"
+    assert f"policy: arena, {title}" in said and f"**policy: arena, {title}**" in text and title in page
+    assert "<h2>Arena: policy</h2>" in page
+    assert page.count("<svg") == 4 and 'aria-label="win rates, helpful"' in page
+    assert {path.name for path in out.glob("*.png")} == {
+        "differences.png",
+        "models.png",
+        "win_rates_helpful.png",
+        "ratings_helpful.png",
+    }
+    assert json.loads((out / "metrics.json").read_text()) == found
+
+
+def test_pictures_of_the_arena_of_a_protocol(tmp_path: Path) -> None:
+    models = {name: [answered(tmp_path / name, safe, "frogs")] for name, safe in (("a", 6), ("b", 18))}
+    found = compare_models(models, out=tmp_path / "out", **OPTIONS)
+    assert found["compare/frogs/arena/helpful/a_over_b_win_rate"] == pytest.approx(0.75)
+    assert {"win_rates_helpful_frogs.png", "ratings_helpful_frogs.png"} < {p.name for p in (tmp_path / "out").iterdir()}
 
 
 def test_policies_of_a_protocol_and_of_several_runs(tmp_path: Path) -> None:

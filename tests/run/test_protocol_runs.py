@@ -118,7 +118,7 @@ def test_the_suite_measures_what_is_here(tmp_outputs: Path, data_root: Path, mod
     assert [result["protocol"] for result in content["results"]] == ["xstest_prompts", "hatecheck"]
     left_out = dict(content["left_out"])
     assert "no folder" in left_out["openai_moderation"] and "openai_moderation" in answer.out
-    assert "is a cost model and protocol=safe_rlhf_83 is for language models" in left_out["safe_rlhf_83"]
+    assert left_out["safe_rlhf_83"] == "for language models"
     assert len(content["results"]) + len(left_out) == 14
     found = read(only(tmp_outputs), "metrics.json")
     assert {name.split("/")[0] for name in found} == {"xstest_prompts", "hatecheck"}

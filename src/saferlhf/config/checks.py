@@ -7,6 +7,7 @@ import re
 
 from saferlhf.config.check_values import layer_numbers, one_of, positive, seeds, shares
 from saferlhf.config.checks_online import check_online_run
+from saferlhf.config.checks_stream import check_stream
 from saferlhf.config.checks_task import check_moderation, check_probe
 from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.config.schema import DataConfig, EvaluationConfig, TrainConfig, TrainerConfig
@@ -52,7 +53,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
     _check_measures(config)
     _check_models(config)
     one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])
-    _check_trainer_choices(config.trainer)
+    _check_trainer_choices(config.trainer, trains=False)
     _check_name(config.name)
     positive(
         {
@@ -65,14 +66,14 @@ def check_evaluate(config: EvaluateConfig) -> None:
     shares(_data_shares(config.data))
     _confidence(config.evaluation)
     seeds({"seed": config.seed, "data.seed": config.data.seed})
-    _check_source(config.data)
+    _check_source(check_stream(config))
 
 
 def _check_models(config: EvaluateConfig) -> None:
     if config.mode != "compare":
         if config.models is not None:
             raise UserError("several models are compared", "models", "add mode=compare, or name one: model=LOCATOR")
-        if not config.model or not config.model.strip():
+        if (not config.model or not config.model.strip()) and config.judge is None:  # which may stand in its place
             raise UserError("no model is named", "model", "give it on the command line: model=LOCATOR")
         return
     mend = "models=[A,B], or with headings models={ours: A, theirs: [B, C]}"
@@ -153,8 +154,11 @@ def _check_adapter(config: TrainConfig) -> None:
         raise UserError(what, "adapter.cache_frozen", "adapter.cache_frozen=false")
 
 
-def _check_trainer_choices(trainer: TrainerConfig) -> None:
-    one_of(trainer.precision, "trainer.precision", ["32-true", "bf16-mixed", "bf16-true"])
+def _check_trainer_choices(trainer: TrainerConfig, trains: bool = True) -> None:
+    if trains and trainer.precision is None:
+        raise UserError("no precision is named", "trainer.precision", "choose trainer=default, cpu or gpu")
+    if trainer.precision is not None:
+        one_of(trainer.precision, "trainer.precision", ["32-true", "bf16-mixed", "bf16-true"])
     one_of(trainer.accelerator, "trainer.accelerator", ["auto", "cpu", "gpu"])
     one_of(trainer.progress, "trainer.progress", ["auto", "bar", "lines", "none"])
 

@@ -80,6 +80,9 @@ class EvaluateConfig:
     # mode=compare: a list of evaluations or models, or heading -> one or several (runs of one model)
     models: Any = None
     mode: str = "score"  # score | moderate | compare
+    # mode=moderate: judge lines of a file, or of standard input (-), instead of data; where verdicts go, null: -
+    input: Optional[str] = None
+    output: Optional[str] = None
     name: str = "evaluate"
     split: Optional[str] = None  # train | val | test | all; null: test to score, all to moderate
     baselines: bool = True

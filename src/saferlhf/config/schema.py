@@ -177,7 +177,7 @@ class TrainerConfig:
     gradient_clip: Optional[float] = 1.0
     val_every_steps: Optional[int] = None  # null: four times per run
     val_max_rows: Optional[int] = None
-    precision: str = "32-true"  # 32-true | bf16-mixed | bf16-true
+    precision: Optional[str] = "32-true"  # 32-true | bf16-mixed | bf16-true; null: to evaluate, as it was trained
     accelerator: str = field(default="auto", metadata=OUTSIDE_IDENTITY)
     devices: int = field(default=1, metadata=OUTSIDE_IDENTITY)
     threads: Optional[int] = field(default=None, metadata=OUTSIDE_IDENTITY)  # null: torch's default

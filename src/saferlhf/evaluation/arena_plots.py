@@ -212,8 +212,8 @@ def ratings_table(found: Arena, title: str = "") -> Table:
     table.add_column("P(best)", justify="right", no_wrap=True)
     for i in found.ranking:
         value, low, high = (x[i] for x in (found.ratings.value, found.ratings.low, found.ratings.high))
-        interval = "" if np.isnan(low) else f"{low:+.0f} .. {high:+.0f}"
-        cells = [found.names[i], "" if np.isnan(value) else f"{value:+.0f}", interval]
+        interval = "" if np.isnan(low) else f"{_points(low)} .. {_points(high)}"
+        cells = [found.names[i], "" if np.isnan(value) else _points(value), interval]
         if against is not None:
             cells += ["", ""] if i == against else [_wins(found, i, against), _p(found.p_adjusted[i, against])]
         table.add_row(*cells, "" if np.isnan(found.best[i]) else f"{found.best[i]:.1%}")
@@ -242,6 +242,10 @@ def _wins(found: Arena, i: int, j: int) -> str:
 
 def _shown(value: float, low: float | None, high: float | None) -> str:
     return f"{value:.1%}" + ("" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+
+
+def _points(value: float) -> str:
+    return f"{round(value):+d}"  # a whole number has no -0
 
 
 def _p(value: float) -> str:

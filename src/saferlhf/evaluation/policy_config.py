@@ -48,10 +48,11 @@ def check_policy_keys(config: EvaluateConfig) -> None:
         raise UserError(f"{config.temperature} is no temperature", "temperature", "give a number from zero up")
     if config.temperature == 0 and config.samples > 1:
         raise UserError("without sampling all samples are the same", "samples", "samples=1, or a temperature above 0")
-    if config.mode == "compare" or (config.mode == "score" and _of_policies(config)):
+    if config.mode == "compare" or (config.mode == "score" and _of_policies(config) and config.model):
         return
+    in_place = config.mode == "score" and not config.model  # the judge stands in the place of a model
     for key in ("baseline", "reference", "judge", "judges", "harmful"):
-        if getattr(config, key) is not None:
+        if getattr(config, key) is not None and not (in_place and key == "judge"):
             raise UserError(f"'{key}' belongs to the evaluation of a policy", key, "add suite=policy")
 
 

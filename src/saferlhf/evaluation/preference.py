@@ -6,6 +6,9 @@ with the safety label (cost > 0 means unsafe; exactly 0 is wrong). Ties count on
 Accuracies are also given by stratum, since the public labels are near a coin toss where both responses are safe and
 clear where one is not: `both_safe`, `mixed` (exactly one safe), `both_unsafe`, and `severity_differs` (equal safety,
 unequal severity). Intervals are bootstrap intervals over prompts.
+
+Labels are not the truth: where it is known how often two annotators agree, `expected_ceiling` says what a judge that is
+always right is expected to reach on one annotator's labels (`ops/ceiling.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from saferlhf.data.rows import PreferencePair, prompt_text
 from saferlhf.errors import UserError
 from saferlhf.evaluation.sheet import MetricSheet
 from saferlhf.ops import metrics
+from saferlhf.ops.ceiling import expected_ceiling
 from saferlhf.ops.intervals import CONFIDENCE, DRAWS
 from saferlhf.ops.moderation_metrics import ranking
 
@@ -37,6 +41,7 @@ def evaluate_preference(
     kind: Kind,
     prefix: str = "test",
     preference: str = "better",
+    agreement: float | None = None,
     draws: int = DRAWS,
     confidence: float = CONFIDENCE,
     seed: int = 0,
@@ -49,6 +54,8 @@ def evaluate_preference(
         kind: "reward" (higher is better) or "cost" (lower is safer, above 0 unsafe).
         prefix: `test`, `val` or a protocol's name.
         preference: which label a reward model is held against: better | safer | single. A cost model's is always safer.
+        agreement: share of pairs on which two annotators give the same label, where that is known; below one half no
+            ceiling follows from it.
         draws: bootstrap resamples; 0 for values without intervals.
         confidence: of the intervals.
         seed: of the draws.
@@ -68,6 +75,8 @@ def evaluate_preference(
     )
     quality = -values if kind == "cost" else values  # higher is better
     _pair_metrics(sheet, rows, quality, preferred)
+    if agreement is not None and agreement >= 0.5 and (preferred >= 0).any():
+        sheet.value("expected_ceiling", expected_ceiling(agreement))
     if kind == "cost":
         _sign_metrics(sheet, rows, values)
     _score_metrics(sheet, values)

@@ -1,12 +1,14 @@
 """`report.html`: one self-contained page about a run, readable without network, on light and on dark ground.
 
-Top to bottom: the verdict (headline numbers with intervals), training curves, score histograms, all metrics, the data,
-lineage, how to reproduce it, the whole configuration. No script, no link to elsewhere; all text is escaped.
+Top to bottom: the verdict (headline numbers with intervals), training curves, score histograms, samples behind a click,
+all metrics, the data, lineage and provenance, how to reproduce it, the whole configuration. No script, no link to
+elsewhere; all text is escaped, for what a model wrote is hostile until proven otherwise (`report_style.py`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,6 +18,9 @@ import yaml
 
 from saferlhf.evaluation.data_section import DATA_STYLE, data_section
 from saferlhf.evaluation.plots import Curve, Histogram, curve_panels, curves_svg, histogram_svg
+from saferlhf.evaluation.provenance import PROVENANCE_STYLE, Provenance, provenance_section, without_user
+from saferlhf.evaluation.report_samples import SAMPLES_STYLE
+from saferlhf.evaluation.report_style import PAGE, POLICY, STYLE, visible
 from saferlhf.evaluation.table import (
     MetricLine,
     baseline_columns,
@@ -25,6 +30,10 @@ from saferlhf.evaluation.table import (
     headline_lines,
     metric_lines,
 )
+
+_PANEL = 420.0  # points; `drawing.panel` draws a little less
+_CARDS = 16  # one model on one set of rows has 14
+_LONG = 120  # lines of a table that stands open; a moderator on one set of rows has about 100
 
 
 def write_report(
@@ -42,6 +51,9 @@ def write_report(
     commands: Sequence[str] = (),
     confidence: float = 0.95,
     sections: Sequence[str] = (),
+    figures: Mapping[str, Sequence[str]] | None = None,
+    samples: Sequence[str] = (),
+    provenance: Provenance | None = None,
 ) -> Path:
     """Write the page and return its path; an older page is replaced in one step.
 
@@ -61,41 +73,55 @@ def write_report(
         commands: what to type to get this run again, one command each.
         confidence: what the intervals in `metrics` were taken at.
         sections: finished HTML that stands below the headlines, all text in it escaped.
+        figures: heading -> finished drawings, a section each.
+        samples: sections of `report_samples.samples_section(...)`.
+        provenance: of an evaluation: data, judges, thresholds, code.
     """
     plain = [h for h in histograms if not isinstance(h, tuple)]
     parts = [
         _verdict(metrics, confidence),
         *sections,
         _figures("Training", [curves_svg(name, series, step) for name, series in curve_panels(curves or {}).items()]),
+        *(_figures(heading, drawings) for heading, drawings in (figures or {}).items()),
         _figures("Scores", [_drawn(h) for h in plain]),
         _named_figures([h for h in histograms if isinstance(h, tuple)]),
+        *samples,
         _metric_section(metrics, confidence),
         data_section(data_report) if data_report and "findings" in data_report else _pairs_section("Data", data_report),
         _pairs_section("Lineage", lineage),
+        "" if provenance is None else provenance_section(provenance),
         _commands_section(commands),
         _config_section(config),
     ]
-    page = _PAGE.format(
+    page = PAGE.format(
+        policy=POLICY,
         title=escape(title),
         subtitle=f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else "",
-        style=_STYLE + DATA_STYLE,
+        style=STYLE + DATA_STYLE + SAMPLES_STYLE + PROVENANCE_STYLE,
         body="\n".join(part for part in parts if part),
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    draft.write_text(page, encoding="utf-8")
+    draft.write_text(visible(page), encoding="utf-8")
     draft.replace(target)
     return target
 
 
 # ------------------------------------------------------------------------------------------------ sections
 def _verdict(metrics: Mapping[str, float], confidence: float) -> str:
-    cards = "".join(_card(line) for line in headline_lines(metrics))
+    cards = "".join(_card(line) for line in _few(headline_lines(metrics)))
     if not cards:
         return ""
     note = f"Intervals: {confidence:.0%} percentile bootstrap over prompts."
     return f'<section><h2>Verdict</h2><div class="cards">{cards}</div><p class="note">{note}</p></section>'
+
+
+def _few(lines: Sequence[MetricLine]) -> Sequence[MetricLine]:
+    """All headlines; of many the first of each area; of too many none, for then they are a table's, not a glance's."""
+    if len(lines) > _CARDS:
+        lines = list({line.name.rpartition("/")[0]: line for line in reversed(lines)}.values())[::-1]
+    return lines if len(lines) <= _CARDS else []
 
 
 def _card(line: MetricLine) -> str:
@@ -132,7 +158,9 @@ def _figures(heading: str, drawings: Sequence[str]) -> str:
 
 
 def _figure_grid(drawings: Sequence[str]) -> str:
-    figures = "".join(f"<figure><figcaption>{_caption(svg)}</figcaption>{svg}</figure>" for svg in drawings)
+    figures = "".join(
+        f"<figure{_breadth(svg)}><figcaption>{_caption(svg)}</figcaption>{svg}</figure>" for svg in drawings
+    )
     return f'<div class="figures">{figures}</div>'
 
 
@@ -154,6 +182,12 @@ def _drawn(drawing: Histogram | str) -> str:
     return drawing if isinstance(drawing, str) else histogram_svg(drawing)
 
 
+def _breadth(svg: str) -> str:
+    """A drawing broader than a panel takes the whole row."""
+    width = re.search(r'viewBox="\S+ \S+ ([\d.]+)', svg)
+    return " class=broad" if width is not None and float(width[1]) > _PANEL else ""
+
+
 def _caption(svg: str) -> str:
     return svg.split('aria-label="', 1)[1].split('"', 1)[0]  # already escaped
 
@@ -173,12 +207,16 @@ def _metric_section(metrics: Mapping[str, float], confidence: float) -> str:
     )
     head = f"<tr><th>metric</th><th>value</th><th>{confidence:.0%} interval</th><th>n</th>"
     head += "".join(f"<th class=number>{escape(name)}</th>" for name in baselines.values()) + "</tr>"
-    return f"<section><h2>All metrics</h2>{_table(head, rows)}</section>"
+    table = _table(head, rows)
+    if len(lines) > _LONG:
+        table = f"<details><summary>{len(lines):,} metrics</summary>{table}</details>"
+    return f"<section><h2>All metrics</h2>{table}</section>"
 
 
 def _pairs_section(heading: str, content: Mapping[str, Any] | None) -> str:
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in _flatten(content or {})
+        f"<tr><td>{escape(name)}</td><td>{escape(without_user(value))}</td></tr>"
+        for name, value in _flatten(content or {})
     )
     return f"<section><h2>{escape(heading)}</h2>{_table('', rows)}</section>" if rows else ""
 
@@ -193,7 +231,8 @@ def _config_section(config: Mapping[str, Any] | str) -> str:
     text = config if isinstance(config, str) else yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     if not text.strip():
         return ""
-    return f"<section><details><summary>Configuration</summary><pre>{escape(text)}</pre></details></section>"
+    text = escape(without_user(text))
+    return f"<section><details><summary>Configuration</summary><pre>{text}</pre></details></section>"
 
 
 def _table(head: str, rows: str) -> str:
@@ -214,55 +253,3 @@ def _flatten(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
             yield name, f"{value:,}"
         else:
             yield name, "" if value is None else str(value)
-
-
-# ------------------------------------------------------------------------------------------------ page
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1>{subtitle}</header>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --panel: #f6f8fa;
-  --series-1: #0072b2; --series-2: #c8500a; --series-3: #00805d; --series-4: #a0408f; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #0f1318; --ink: #e6eaef; --soft: #9aa5b1; --line: #39424d; --panel: #181e25;
-    --series-1: #5ab4f0; --series-2: #ff9a52; --series-3: #3ccf9f; --series-4: #e08bd0; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 75rem; padding: 1.5rem; background: var(--ground); color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
-.subtitle, .note, .detail { color: var(--soft); } .subtitle { margin: .2rem 0 0; } .note { font-size: .85rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
-.card { border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; background: var(--panel); }
-.card .name { font-size: .85rem; color: var(--soft); overflow-wrap: anywhere; }
-.card .value { font-size: 1.7rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-.card .detail { font-size: .85rem; font-variant-numeric: tabular-nums; }
-.strip { position: relative; height: .5rem; margin: .3rem 0 .4rem; border-radius: .25rem; background: var(--line); }
-.strip i { position: absolute; top: 0; bottom: 0; }
-.strip .band { background: var(--series-1); opacity: .55; border-radius: .2rem; }
-.strip .tick { width: 2px; margin-left: -1px; top: -3px; bottom: -3px; background: var(--ink); }
-.strip .chance { left: 50%; width: 1px; background: var(--soft); }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
-figcaption { font-weight: 600; font-size: .9rem; } figure svg { width: 100%; height: auto; display: block; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; } td, th { padding: .25rem .9rem .25rem 0; text-align: left;
-  border-bottom: 1px solid var(--line); vertical-align: top; } td { overflow-wrap: anywhere; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; overflow-x: auto;
-  font-size: .85rem; } summary { cursor: pointer; font-weight: 600; }
-@media print { details > pre { white-space: pre-wrap; } }
-"""

@@ -1,8 +1,8 @@
-"""What a pipeline's policies are worth beside each other: a table, paired differences, the front, and their pictures.
+"""What a pipeline's policies are worth beside each other: tables, paired differences, the arena of all, the front.
 
 All of it comes from the stages' `metrics.json`, `samples.jsonl` and `curves.jsonl`: nothing is sampled or judged again.
-Results go to the pipeline's folder (`comparison.md`, `policies.png`, `constraint.png`, and `metrics.json` under
-`compare/`) and into its tracked run.
+Results go to the pipeline's folder (`comparison.md`, pictures, and `metrics.json` under `compare/`) and into its
+tracked run.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from saferlhf.evaluation.policy_answers import PolicyAnswers
+    from saferlhf.evaluation.arena_of_answers import PolicyArena
+    from saferlhf.evaluation.policy_answers import PolicyAnswers, PromptSet
 
-POLICY = "policy"
-"""Name of a run's own policy in its samples."""
+POLICY, BASELINE = "policy", "baseline"
+"""Names of a run's own policy and of the one that it began as, in its samples."""
 
 MINUS = " - "
 """Between the two headings of a difference."""
 
-TEXT, PLANE, CURVES = COMPARISON_FILES = ("comparison.md", "policies.png", "constraint.png")
+TEXT, PLANE, CURVES = "comparison.md", "policies.png", "constraint.png"
+ARENA = ("win_rates_helpful.png", "ratings_helpful.png", "win_rates_harmless.png", "ratings_harmless.png", "safety.png")
+COMPARISON_FILES = (TEXT, PLANE, CURVES, *ARENA)
 SCREEN = "comparison.txt"
 """What was printed, to be printed again where nothing changed."""
 
@@ -78,7 +81,7 @@ def compare(
         draws, confidence: of the bootstrap intervals of paired differences.
 
     Returns:
-        Metrics `<A>_over_<B>/..` and `<A>/over_front`, headings in lower case with underscores.
+        Metrics `<A>_over_<B>/..`, `<A>/over_front` and `arena/..`, headings in lower case with underscores.
 
     Raises:
         UserError: samples that cannot be read, or of different prompts.
@@ -92,7 +95,11 @@ def compare(
     if not runs:
         return {}
     measured = {heading: read_json(folder / "metrics.json") or {} for heading, folder in runs.items()}
-    pairs, metrics = _paired(config, runs, draws=draws, confidence=confidence)
+    samples = _Samples(runs)
+    pairs, metrics = _paired(config, samples, draws=draws, confidence=confidence)
+    arena, alone = _arena(config, samples, draws=draws, confidence=confidence)
+    metrics |= {} if arena is None else arena.metrics()
+    lines = [*alone, *_front_lines(config, metrics)]
 
     def side_by_side(heads: Sequence[str]) -> Table:
         some = {head: measured[head] for head in heads}
@@ -108,11 +115,16 @@ def compare(
             tables.append(table_of(columns))
             for part in _fitting(columns, table_of, console):
                 console.print(part)
-    for line in _front_lines(config, metrics):
+    for table in [] if arena is None else arena.tables("arena, "):
+        tables.append(table)
+        console.print(table)
+    for line in lines:
         console.print(line)
     write_text(out / SCREEN, console.export_text())
-    _write(out, tables, _front_lines(config, metrics))
+    _write(out, tables, lines)
     _draw(config, runs, measured, out)
+    if arena is not None:
+        arena.draw(out)
     return metrics
 
 
@@ -122,20 +134,42 @@ def slug(heading: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ numbers
+class _Samples:
+    """What the policies answered, each file read once.
+
+    Args:
+        runs: heading -> its finished run.
+    """
+
+    def __init__(self, runs: Mapping[str, Path]) -> None:
+        self.runs = runs
+        self._read: dict[str, tuple[PromptSet, dict[str, PolicyAnswers]]] = {}
+
+    def file(self, name: str) -> Path:
+        return self.runs[name] / "samples.jsonl"
+
+    def of(self, name: str) -> tuple[PromptSet, dict[str, PolicyAnswers]]:
+        from saferlhf.evaluation.policy_samples import read_samples
+
+        if name not in self._read:
+            self._read[name] = read_samples(self.file(name))
+        return self._read[name]
+
+
 def _paired(
-    config: CompareConfig, runs: Mapping[str, Path], **bootstrap: Any
+    config: CompareConfig, given: _Samples, **bootstrap: Any
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Difference -> its metrics, and all of them by their full names."""
+    runs = given.runs
     wanted = [text for text in config.differences if all(name in runs for name in text.split(MINUS))]
     fixed = [name for name in config.fixed if name in runs]
     learned = [name for name in config.learned if name in runs and fixed]
     if not wanted and not learned:
         return {}, {}
     from saferlhf.evaluation.policy_compare import against, over_front, same_prompts
-    from saferlhf.evaluation.policy_samples import read_samples
 
     needed = dict.fromkeys([*itertools.chain(*(text.split(MINUS) for text in wanted)), *fixed, *learned])
-    samples = {name: read_samples(runs[name] / "samples.jsonl") for name in needed}
+    samples = {name: given.of(name) for name in needed}
     prompts = same_prompts(samples)
     answers = {name: _policy(policies, runs[name]) for name, (_, policies) in samples.items()}
     pairs, metrics = dict[str, dict[str, float]](), dict[str, float]()
@@ -147,6 +181,35 @@ def _paired(
         found = over_front(prompts, answers[name], [answers[other] for other in fixed], **bootstrap)
         metrics |= {f"{slug(name)}/{key}": value for key, value in found.items()}
     return pairs, metrics
+
+
+def _arena(config: CompareConfig, given: _Samples, **bootstrap: Any) -> tuple[PolicyArena | None, list[str]]:
+    """All policies with samples of the same prompts against each other, and a line for each that is left out.
+
+    The baseline is one of them where all runs began as the same: where it gave the same responses in all of them.
+    """
+    from saferlhf.evaluation.arena_of_answers import policy_arena
+
+    names = [name for name in given.runs if given.file(name).is_file() and POLICY in given.of(name)[1]]
+    if not names:
+        return None, []
+    prompts = given.of(names[0])[0]
+    same = [name for name in names if given.of(name)[0].ids == prompts.ids]
+    policies = {name: given.of(name)[1][POLICY] for name in same}
+    begun = [given.of(name)[1].get(BASELINE) for name in same]
+    first, baseline, lines = begun[0], config.baseline, list[str]()
+    if baseline is not None and baseline not in policies and first is not None:
+        if all(one is not None and one.texts == first.texts for one in begun):
+            policies = {baseline: first, **policies}
+        else:
+            lines.append(f"the arena is without {baseline}: not all policies began as the same")
+    found = policy_arena(prompts, policies, baseline=baseline, **bootstrap)
+    if found is None:
+        return None, []
+    lines += [
+        f"the arena is without {name}: it answered other prompts than {names[0]}" for name in names if name not in same
+    ]
+    return found, lines
 
 
 def _policy(policies: Mapping[str, PolicyAnswers], folder: Path) -> PolicyAnswers:

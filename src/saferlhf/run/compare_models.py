@@ -3,36 +3,33 @@
 `resolve_models` says what is meant by `models=`: which evaluations there are already, and which models must be
 evaluated first. `compare_models` reads what these evaluations left of every row (`judgements/*.npz`, `samples.jsonl`);
 no model is loaded. Everything is written into one folder: `metrics.json` (flat), `comparison.json` (the same by
-protocol, with where it comes from), `comparison.md`, `report.html` and two pictures.
+protocol, with where it comes from), `comparison.md`, `report.html` and pictures.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from saferlhf.config.files import read_json, write_json, write_text
+from saferlhf.config.files import read_json
 from saferlhf.config.run_folder import FINISHED
 from saferlhf.errors import UserError
 from saferlhf.models.locator import RUN_MARKS, resolve
-from saferlhf.run.screen import output_width, say
+from saferlhf.run.compared_files import POLICY, Models, show, write
+from saferlhf.run.screen import say
+
+if TYPE_CHECKING:
+    from saferlhf.evaluation.arena_of_answers import PolicyArena
 
 SAMPLES = "samples.jsonl"
-COMPARISON, TABLE, REPORT = "comparison.json", "comparison.md", "report.html"
-POLICY = "policy"
-"""Protocol of samples on the rows of `data=`, and name of a run's own policy in them."""
 
 _HASH = re.compile(r"[0-9a-f]{10}(?:-\d+)?")
 _SHOWN = 6  # digits of a hash in a heading
-
-Models = Mapping[str, Sequence[Path]]
-"""Heading -> folders of its evaluations, one for each run."""
 
 
 # ------------------------------------------------------------------------------------------------ which models
@@ -167,7 +164,9 @@ def _model_of(run: ComparedRun) -> tuple[str, str]:
     """(name, hash or nothing) of the model behind a run."""
     locator = run.locator
     if run.folder is not None:
-        locator = str((_evaluation_config(run.folder) or {}).get("model") or run.folder)
+        config = _evaluation_config(run.folder) or {}
+        judge = config.get("judge") or {}  # of a guard that was held against labels in the place of a model
+        locator = str(config.get("model") or judge.get("model") or run.folder)
     if locator.startswith("runs:/"):
         return "run", locator.removeprefix("runs:/")[:_SHOWN]
     parts = [part for part in re.split(r"[/\\]", locator) if part not in ("", ".", "..")]
@@ -233,7 +232,7 @@ def compare_models(
             raise UserError(f"'{other}' and '{heading}' are the same model", "models", "leave one out")
     options: dict[str, Any] = {"draws": draws, "confidence": confidence, "seed": seed}
     found, notes = _of_judgements(models, baseline, options)
-    policies, in_pairs, more_notes = _of_samples(models, baseline, options)
+    policies, in_pairs, arenas, more_notes = _of_samples(models, baseline, options)
     notes += more_notes
     if not found and not policies:
         what = f"{' and '.join(models)} were not measured by a common protocol" + "".join(f"; {n}" for n in notes)
@@ -243,8 +242,10 @@ def compare_models(
     for comparison in policies:
         headlines = [metric.metric for metric in comparison.metrics]
         metrics |= policy_flat(comparison.protocol, in_pairs[comparison.protocol], headlines)
-    _show(comparisons, in_pairs, notes, confidence)
-    _write(out, models, comparisons, metrics, notes, options, config)
+    for name, arena in arenas.items():
+        metrics |= arena.metrics(f"compare/{name}/arena")
+    show(comparisons, in_pairs, arenas, notes, confidence)
+    write(out, models, comparisons, arenas, metrics, notes, options, config)
     return metrics
 
 
@@ -276,15 +277,18 @@ def _of_judgements(models: Models, baseline: str | None, options: Mapping[str, A
 
 def _of_samples(
     models: Models, baseline: str | None, options: Mapping[str, Any]
-) -> tuple[list[Any], dict[str, dict[str, dict[str, float]]], list[str]]:
-    """The same of policies: (comparisons, protocol -> pair -> all that was found, notes)."""
-    from saferlhf.evaluation.compared_policies import compare_policies
+) -> tuple[list[Any], dict[str, dict[str, dict[str, float]]], dict[str, PolicyArena], list[str]]:
+    """The same of policies: (comparisons, protocol -> pair -> all that was found, protocol -> arena, notes)."""
+    from saferlhf.evaluation.arena_of_answers import policy_arena
+    from saferlhf.evaluation.compared_policies import compare_policies, pooled
     from saferlhf.evaluation.model_comparison import pairs_of
     from saferlhf.evaluation.policy_samples import read_samples
 
     files = {heading: [_samples(folder) for folder in folders] for heading, folders in models.items()}
     names = dict.fromkeys(name for runs in files.values() for run in runs for name in run)
-    found, in_pairs, notes = [], dict[str, dict[str, dict[str, float]]](), list[str]()
+    arenas: dict[str, PolicyArena] = {}
+    found, in_pairs = [], dict[str, dict[str, dict[str, float]]]()
+    notes = list[str]()
     for name in names:
         there = {heading: runs for heading, runs in files.items() if all(name in run for run in runs)}
         if not _worth(name, models, there, baseline, notes):
@@ -302,7 +306,10 @@ def _of_samples(
         pairs = pairs_of(list(answers), baseline)
         comparison, in_pairs[name] = compare_policies(name, prompts, answers, pairs, **options)
         found.append(comparison)
-    return found, in_pairs, notes
+        everyone = {heading: pooled(runs) for heading, runs in answers.items()}
+        if (arena := policy_arena(prompts, everyone, baseline=baseline, **options)) is not None:
+            arenas[name] = arena
+    return found, in_pairs, arenas, notes
 
 
 def _worth(name: str, models: Models, there: Iterable[str], baseline: str | None, notes: list[str]) -> bool:
@@ -326,65 +333,4 @@ def _samples(folder: Path) -> dict[str, Path]:
     return found | {path.parent.name: path for path in sorted(folder.glob(f"*/{SAMPLES}"))}
 
 
-# ------------------------------------------------------------------------------------------------ what is left
-def _show(
-    comparisons: Sequence[Any], in_pairs: Mapping[str, Mapping[str, Any]], notes: Sequence[str], confidence: float
-) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from saferlhf.evaluation.comparison_table import comparison_notes, comparison_table
-    from saferlhf.evaluation.policy_table import differences_table
-
-    console = Console(width=output_width())
-    console.print(comparison_table(comparisons, confidence))
-    for name, pairs in in_pairs.items():
-        console.print(differences_table(pairs, title=f"{name}: win rates, and differences prompt by prompt"))
-    for note in [*notes, *comparison_notes(comparisons, confidence)]:
-        console.print(Text(note, style="dim"))
-
-
-def _write(
-    out: Path,
-    models: Models,
-    comparisons: Sequence[Any],
-    metrics: Mapping[str, float],
-    notes: Sequence[str],
-    options: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-) -> None:
-    from saferlhf.evaluation.comparison_plots import DOTS, FOREST, dots_png, figures_html, forest_png
-    from saferlhf.evaluation.comparison_table import comparison_html, comparison_markdown
-    from saferlhf.evaluation.report import write_report
-
-    confidence = options["confidence"]
-    sources = {heading: [str(folder) for folder in folders] for heading, folders in models.items()}
-    write_text(out / TABLE, comparison_markdown(comparisons, confidence) + "".join(f"- {note}\n" for note in notes))
-    forest_png(out / FOREST, comparisons, confidence)
-    dots_png(out / DOTS, comparisons, confidence)
-    write_report(
-        out / REPORT,
-        title=f"{', '.join(models)} beside each other",
-        subtitle=f"{len(comparisons)} protocols, paired by row",
-        metrics=metrics,
-        config=config or {"models": sources, **options},
-        sections=[comparison_html(comparisons, confidence), figures_html(comparisons, confidence)],
-        lineage=sources,
-        confidence=confidence,
-    )
-    content = {"models": sources, **options, "notes": list(notes), "protocols": [_plain(c) for c in comparisons]}
-    write_json(out / COMPARISON, content)
-    write_json(out / "metrics.json", dict(metrics))
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as JSON has them; what is not a number is null."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if hasattr(value, "_asdict"):
-        return {name: _plain(part) for name, part in value._asdict().items()}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+__all__ = ["ComparedRun", "Models", "compare_models", "resolve_models"]

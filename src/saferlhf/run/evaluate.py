@@ -23,7 +23,9 @@ from saferlhf.errors import UserError
 from saferlhf.evaluation.policy_config import check_policy_keys, policy_identity
 from saferlhf.evaluation.protocol_results import FILE as PROTOCOLS
 from saferlhf.evaluation.protocol_results import protocol_result, protocols_html
+from saferlhf.evaluation.provenance import Provenance, data_source, evaluation_facts, judge_line, repeat_command
 from saferlhf.models.locator import content_id_of
+from saferlhf.run.as_trained import as_trained
 from saferlhf.run.evaluation_folder import in_folder
 from saferlhf.run.judged_model import POLICY, JudgedModel, judged_model
 from saferlhf.run.measured import Measured
@@ -44,6 +46,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         from saferlhf.run.evaluate_compare import compare
 
         return compare(config, lambda one: evaluated(one)[0].path)
+    if config.mode == "moderate" and config.input is not None:
+        from saferlhf.run.moderate_stream import moderate_stream
+
+        return moderate_stream(config)
     folder, metrics = evaluated(config)
     _show(config, folder, metrics)
     return metrics
@@ -53,11 +59,12 @@ def evaluated(config: EvaluateConfig) -> tuple[RunFolder, dict[str, float]]:
     """The finished folder of an evaluation and its metrics; one that was finished before is found again."""
     root = Path(config.output_root)
     model = judged_model(config)
+    config = as_trained(config, model)
     asked: list[Measurement] = []
     left_out: list[LeftOut] = []
     if config.mode != "moderate":
         asked, left_out = measurements_for(config, model)
-    identity = _identity(config, asked, content_id_of(model.location, output_root=root, cache_dir=config.cache_dir))
+    identity = _identity(config, asked, model.content(config))
     folder = RunFolder(root / config.name / run_hash(identity))
     if folder.status().get("status") == FINISHED:
         say(f"finished before: {folder.path}")
@@ -205,9 +212,63 @@ def _report(
             for asked, measured in found
             for drawing in measured.drawings
         ],
-        lineage={"model": model.locator, **{f"data for {asked.key}": m.fingerprint for asked, m in found}},
         confidence=config.evaluation.confidence,
+        figures={"Training": _training(model)} if any(asked.measure == POLICY for asked, _ in found) else None,
+        samples=[_samples(asked, folder) for asked, _ in found if asked.measure == POLICY],
+        provenance=_provenance(config, model, found),
     )
+
+
+def _samples(asked: Measurement, folder: RunFolder) -> str:
+    """Responses behind a click. They stay on this machine: a page that is sent to a store elsewhere has none."""
+    from saferlhf.evaluation.policy_samples import read_samples
+    from saferlhf.evaluation.report_samples import samples_section, withheld_section
+    from saferlhf.tracking.store import sqlite_file, store_uri
+
+    config = asked.config
+    heading = "Samples" if asked.protocol is None else f"Samples of {asked.protocol.name}"
+    tracked = config.tracking.name != "none"
+    if tracked and sqlite_file(store_uri(config.tracking, Path(config.output_root))) is None:
+        return withheld_section(heading)
+    place = folder.path if asked.protocol is None else folder.path / asked.protocol.name
+    return samples_section(*read_samples(place / "samples.jsonl"), heading=heading)
+
+
+def _training(model: JudgedModel) -> list[str]:
+    """How the policy was trained, as far as its run folder tells."""
+    from saferlhf.evaluation.policy_plots import thresholds_of
+    from saferlhf.evaluation.report_curves import training_drawings
+    from saferlhf.training.curves import read_curves
+
+    run = model.location.run_folder
+    return [] if run is None else training_drawings(read_curves(run / "curves.jsonl"), thresholds_of(run))
+
+
+def _provenance(
+    config: EvaluateConfig, model: JudgedModel, found: Sequence[tuple[Measurement, Measured]]
+) -> Provenance:
+    """Where the numbers come from; a judge that judged some protocols only is told with their names."""
+    from saferlhf.evaluation.policy_config import asked_judges
+
+    def content(locator: Any) -> str:
+        return content_id_of(locator, output_root=Path(config.output_root), cache_dir=config.cache_dir)
+
+    judges: dict[str, list[str]] = {}
+    policies = [asked for asked, _ in found if asked.measure == POLICY]
+    for asked in policies:
+        for judge in asked_judges(asked.config):
+            locator = getattr(judge.config, "model", None)
+            line = judge_line(judge.config, "" if locator is None else content(locator))
+            judges.setdefault(line, []).append(asked.key)
+    facts = evaluation_facts(
+        config,
+        kind=model.kind,
+        content=content(model.location),
+        calibration=model.metadata.calibration,
+        judges={line: "" if len(of) == len(policies) else ", ".join(of) for line, of in judges.items()},
+    )
+    data = [data_source(asked.key, measured.data_report, measured.fingerprint) for asked, measured in found]
+    return Provenance(facts, data, repeat_command(config))
 
 
 def _moderate(config: EvaluateConfig, model: JudgedModel, folder: RunFolder) -> dict[str, float]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saferlhf.data.build import build_data
 from saferlhf.data.labels import prompts_of
@@ -18,11 +19,12 @@ from saferlhf.evaluation.comparison import baseline_metrics, compare_verdicts
 from saferlhf.evaluation.judgements import HEADLINE, of_verdicts
 from saferlhf.evaluation.moderation import evaluate_moderation
 from saferlhf.evaluation.moderation_plots import moderation_drawings
-from saferlhf.ops.moderation import ModerationLabels, Verdicts
+from saferlhf.evaluation.sheet import MetricSheet
+from saferlhf.ops.moderation import ModerationLabels, ModerationLogits, Verdicts
 from saferlhf.run.judged_model import JudgedModel
 from saferlhf.run.measured import Measured
 from saferlhf.run.measurements import Measurement, seen_prompts
-from saferlhf.run.row_judge import RowJudge
+from saferlhf.run.row_judge import OutsideJudge, RowJudge, judge_of
 from saferlhf.run.row_progress import RowProgress
 from saferlhf.run.screen import say
 
@@ -32,7 +34,8 @@ NEEDS = ("is_safe",)
 def measure_moderation(asked: Measurement, model: JudgedModel) -> Measured:
     """Judge answers and hold the verdicts against their labels.
 
-    A moderator of prompts is held against prompts, each labelled by all of its answers (`data/labels.py`).
+    A moderator of prompts is held against prompts, each labelled by all of its answers (`data/labels.py`). Rows that a
+    guard or a remote judge gave no verdict on are counted and left out.
 
     Raises:
         UserError: rows without safety labels, or none.
@@ -40,28 +43,38 @@ def measure_moderation(asked: Measurement, model: JudgedModel) -> Measured:
     config, prefix = asked.config, asked.name
     splits = build_data(config.data, QuestionAnswer, NEEDS)
     rows = asked.rows(splits)
-    judge = RowJudge(model, config)
+    judge: Any = judge_of(model, config)
     read, marks = _as_judged(asked, judge, rows)
     encoded = judge.encode(read, prefix, splits.report)
     answers = list(encoded.rows)
     unit = "prompts" if judge.prompt_only else "texts" if _texts_alone(asked) else "answers"
-    say(f"{prefix}: judging {len(answers):,} {unit} with {config.model}")
+    say(f"{prefix}: judging {len(answers):,} {unit} with {model.locator}")
     with RowProgress(f"judging {prefix}", len(answers), config.trainer.progress) as progress:
         logits = judge.logits(encoded, progress, kept=asked.protocol is not None)
-    verdicts = judge.decide(logits)
+    verdicts, parsed = judge.decide(logits), judge.parsed(logits)
     common = common_categories(answers, judge.categories)
     labels, verdicts = common.labels(answers), common.verdicts(verdicts)
     _say_categories(prefix, common)
-    if common.measured != judge.categories:
-        logits = replace(logits, category=None)
+    stored = _as_stored(rows, answers)
+    judgements = of_verdicts(asked.key, stored, labels, verdicts, metric=_metric(asked), parsed=parsed)
+    heads: ModerationLogits | None = logits
+    metrics: dict[str, float] = {}
+    if parsed is not None:  # of a judge that knows no calibration
+        metrics, heads = _unparsed(answers, parsed, prefix, asked), None
+        marks += [f"{(~parsed).sum():,} rows without a verdict are left out"] * bool((~parsed).any())
+        kept = np.flatnonzero(parsed)
+        answers, stored = [answers[i] for i in kept], [stored[i] for i in kept]
+        labels, verdicts = labels.take(kept), verdicts.take(kept)
+    elif common.measured != judge.categories:
+        heads = replace(logits, category=None)
     options: dict[str, Any] = {
-        "clusters": [prompt_text(row.prompt) or row.response for row in answers],
+        "clusters": _clusters(answers),
         "draws": config.evaluation.bootstrap_draws,
         "confidence": config.evaluation.confidence,
         "seed": config.seed,
     }
-    ids, stored = [row.id for row in answers], _as_stored(rows, answers)
-    metrics = evaluate_moderation(ids, labels, logits, verdicts, prefix=prefix, **options)
+    ids = [row.id for row in answers]
+    metrics |= evaluate_moderation(ids, labels, heads, verdicts, prefix=prefix, **options)
     if asked.protocol is not None and asked.protocol.groups:
         groups = [splits.groups.get(name, "") for name in ids]
         metrics |= group_metrics(groups, asked.protocol.groups, labels.unsafe, verdicts, prefix=prefix, **options)
@@ -77,8 +90,7 @@ def measure_moderation(asked: Measurement, model: JudgedModel) -> Measured:
         metrics |= compare_verdicts(labels, verdicts, baselines["tfidf"], **over)
         if asked.protocol is not None:
             metrics |= _unseen(seen_prompts(stored, train), labels, verdicts, prefix, options)
-    drawings = moderation_drawings(labels, verdicts, logits)
-    judgements = of_verdicts(asked.key, stored, labels, verdicts, metric=_metric(asked))
+    drawings = moderation_drawings(labels, verdicts, heads)
     found = (metrics, splits.report.to_dict(), splits.fingerprint, list(drawings), len(answers), marks)
     return Measured(*found, judgements=judgements)
 
@@ -94,12 +106,32 @@ def _as_stored(rows: Sequence[QuestionAnswer], judged: Sequence[QuestionAnswer])
     return [stored.get(row.id, row) for row in judged]
 
 
+def _clusters(rows: Sequence[QuestionAnswer]) -> list[str]:
+    return [prompt_text(row.prompt) or row.response for row in rows]
+
+
+def _unparsed(
+    rows: Sequence[QuestionAnswer], parsed: NDArray[np.bool_], prefix: str, asked: Measurement
+) -> dict[str, float]:
+    """`<prefix>/unparsed_rate`: the share of rows that the judge gave no verdict on."""
+    config = asked.config
+    sheet = MetricSheet(
+        prefix,
+        _clusters(rows),
+        draws=config.evaluation.bootstrap_draws,
+        confidence=config.evaluation.confidence,
+        seed=config.seed,
+    )
+    sheet.share("unparsed_rate", (~parsed).astype(np.float64))
+    return sheet.metrics()
+
+
 def _texts_alone(asked: Measurement) -> bool:
     return asked.protocol is not None and asked.protocol.unit == "prompt"
 
 
 def _as_judged(
-    asked: Measurement, judge: RowJudge, rows: Sequence[QuestionAnswer]
+    asked: Measurement, judge: RowJudge | OutsideJudge, rows: Sequence[QuestionAnswer]
 ) -> tuple[list[QuestionAnswer], list[str]]:
     """(rows as this judge reads them, what must be said about that)."""
     if _texts_alone(asked):

@@ -14,6 +14,7 @@ from saferlhf.data.encode import Encoder
 from saferlhf.data.labels import labels_of
 from saferlhf.data.melt import answer_of
 from saferlhf.data.rows import PreferencePair
+from saferlhf.data.sources.toy import toy_annotators
 from saferlhf.evaluation.baselines import answer_baselines, pair_baselines
 from saferlhf.evaluation.judgements import of_pairs
 from saferlhf.evaluation.plots import score_histograms
@@ -58,6 +59,7 @@ def measure_preference(asked: Measurement, model: JudgedModel) -> Measured:
         evaluation=config.evaluation,
         seed=config.seed,
         toyworld=config.data.source == "toyworld",
+        annotators=toy_annotators(config.data),
     )
     train = asked.training_rows(splits, PreferencePair, (f"{preference}_response_id",))
     if train:

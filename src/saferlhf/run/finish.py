@@ -52,6 +52,7 @@ def _metadata(prepared: PreparedRun, evaluation: Evaluation) -> ExportMetadata:
             "preference": getattr(config.task, "preference", None),
             "data": config.data.name,
             "data_fingerprint": prepared.rows.fingerprint,
+            "precision": config.trainer.precision,
             "saferlhf": __version__,
         },
     )

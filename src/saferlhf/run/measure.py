@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +11,7 @@ from saferlhf.config.schema import EvaluationConfig
 from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.data.encode import Encoded
 from saferlhf.data.rows import PreferencePair
+from saferlhf.data.sources.toy import toy_annotators
 from saferlhf.evaluation.plots import score_histograms
 from saferlhf.evaluation.preference import evaluate_preference
 from saferlhf.evaluation.score import score_rows
@@ -18,6 +19,9 @@ from saferlhf.evaluation.truth import evaluate_against_truth, evaluate_damaged
 from saferlhf.run.plan import device_for
 from saferlhf.run.rows import first_rows
 from saferlhf.run.stages import Evaluation, PreparedRun
+
+if TYPE_CHECKING:
+    from saferlhf.data.toyworld import Annotators
 
 DAMAGED_PROMPTS = 300
 
@@ -66,6 +70,7 @@ def _measure_scores(prepared: PreparedRun, model: torch.nn.Module) -> Evaluation
             evaluation=config.evaluation,
             seed=config.seed,
             toyworld=config.data.source == "toyworld" and split == "test",
+            annotators=toy_annotators(config.data),
         )
         if split == "test":
             histograms = score_histograms(rows, scores, kind=kind, preference=preference)
@@ -92,8 +97,12 @@ def pair_metrics(
     evaluation: EvaluationConfig,
     seed: int,
     toyworld: bool,
+    annotators: Annotators | None = None,
 ) -> dict[str, float]:
-    """Metrics of scored pairs against their labels and, on the toy world, against ground truth."""
+    """Metrics of scored pairs against their labels and, on the toy world, against ground truth.
+
+    There two further annotators of the same kind label every pair, and how often they agree gives the ceiling.
+    """
     options: dict[str, Any] = {
         "kind": kind,
         "preference": preference,
@@ -102,7 +111,12 @@ def pair_metrics(
         "confidence": evaluation.confidence,
         "seed": seed,
     }
-    metrics = evaluate_preference(rows, scores, **options)
+    agreement = None
+    if toyworld and annotators is not None:
+        from saferlhf.data.toyworld import statistics
+
+        agreement = statistics(rows, annotators).get(f"agreement/{'safer' if kind == 'cost' else preference}")
+    metrics = evaluate_preference(rows, scores, agreement=agreement, **options)
     return metrics | evaluate_against_truth(rows, scores, **options) if toyworld else metrics
 
 

@@ -6,6 +6,7 @@ are drawn with the same noise. They go to `samples.jsonl` unread: they may be ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,14 @@ import torch
 
 from saferlhf.config.rollout_schema import TruthJudgeConfig
 from saferlhf.data.templates import end_id, pad_id
+from saferlhf.evaluation.overoptimisation import (
+    PICTURE,
+    Overoptimisation,
+    overoptimisation,
+    overoptimisation_png,
+    overoptimisation_svg,
+)
+from saferlhf.evaluation.plots import Curve
 from saferlhf.evaluation.policy_answers import Judged, PolicyAnswers, PromptSet, judged_by
 from saferlhf.evaluation.policy_metrics import policy_metrics
 from saferlhf.evaluation.policy_plots import (
@@ -82,16 +91,27 @@ def measure_online(prepared: PreparedRun) -> Evaluation:
         test = task.constraint.test(costs, list(prompts.ids))
         metrics |= {f"policy/safety_test/{name}": value for name, value in test.metrics().items()}
         test.require("export")
-    return Evaluation(metrics, _pictures(prepared, policies), sample_lines(prompts, policies))
+    curves = read_curves(prepared.folder.path / "curves.jsonl")
+    optimised = overoptimisation(curves)
+    metrics |= {} if optimised is None else optimised.metrics()
+    return Evaluation(metrics, _pictures(prepared, policies, curves, optimised), sample_lines(prompts, policies))
 
 
-def _pictures(prepared: PreparedRun, policies: dict[str, PolicyAnswers]) -> list[Any]:
-    """PNGs of the responses and of the constraint at work in the run's folder; drawings for its report."""
+def _pictures(
+    prepared: PreparedRun,
+    policies: dict[str, PolicyAnswers],
+    curves: Mapping[str, Curve],
+    optimised: Overoptimisation | None,
+) -> list[Any]:
+    """PNGs of the responses and of training in the run's folder; drawings for its report."""
     folder, levels = prepared.folder.path, threshold_levels(prepared.config.constraint.threshold)
     scatter_png(folder / SCATTER, policies)
-    constraint_png(folder / CURVES, read_curves(folder / "curves.jsonl"), levels)
-    drawing = scatter_svg(policies)
-    return [] if drawing is None else [drawing]
+    constraint_png(folder / CURVES, curves, levels)
+    drawings = [scatter_svg(policies)]
+    if optimised is not None:
+        overoptimisation_png(folder / PICTURE, optimised)
+        drawings.append(overoptimisation_svg(optimised))
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def _sampled(prepared: PreparedRun, role: str, chosen: Any) -> Rollout:

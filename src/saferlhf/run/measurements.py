@@ -19,7 +19,7 @@ from saferlhf.data.rows import Row
 from saferlhf.data.splits import prompt_key, take
 from saferlhf.errors import UserError
 from saferlhf.evaluation.policy_config import asked_judges
-from saferlhf.run.judged_model import FITS, POLICY, JudgedModel, fits, refuse_unfit
+from saferlhf.run.judged_model import FITS, POLICY, JudgedModel, fits, kinds_of, refuse_unfit
 from saferlhf.run.screen import say
 
 RowT = TypeVar("RowT", bound=Row)
@@ -153,19 +153,25 @@ def measurements_for(config: EvaluateConfig, model: JudgedModel) -> tuple[list[M
     found = [Measurement(config.split or "test", measure, config, None, training) for measure in fitting]
     left_out: list[LeftOut] = []
     first: UserError | None = None
+    failed = ""
     for protocol in protocols:
+        if skip and not any(fits(model, measure) for measure in protocol.measures):
+            left_out.append(LeftOut(protocol.name, f"for {kinds_of(protocol.measures)} models"))
+            continue
         try:
             found += _of_protocol(protocol, config, model, training)
         except UserError as error:
             if not skip:
                 raise
-            first = first or error
+            first, failed = first or error, failed or protocol.name
             left_out.append(LeftOut(protocol.name, str(error)))
     if not found:
+        if first is None and protocols:
+            refuse_unfit(model, f"suite={suite.name}", *protocols[0].measures)
         if first is None:
             raise UserError("nothing to measure", "suite", "choose a suite with measures or protocols")
         mend = "data.root=FOLDER where the data sets are, or suite=data for what can be measured on data="
-        raise UserError(f"no protocol can be measured; {left_out[0].name}: {first.what}", first.where, mend)
+        raise UserError(f"no protocol can be measured; {failed}: {first.what}", first.where, mend)
     return found, left_out
 
 

@@ -168,16 +168,20 @@ def _lines(
     rows: Sequence[Any], places: dict[str, str], verdicts: Verdicts, categories: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     for i, row in enumerate(rows):
-        line: dict[str, Any] = {"row_id": row.id, "place": places.get(row.id)}
-        line |= {"unsafe": bool(verdicts.unsafe[i]), "p_unsafe": _number(verdicts.p_unsafe[i])}
-        if verdicts.severity is not None and verdicts.p_severity is not None:
-            line["severity"] = int(verdicts.severity[i])
-            line["p_severity"] = [_number(p) for p in verdicts.p_severity[i]]
-        if verdicts.category is not None and verdicts.p_category is not None:
-            said = verdicts.category[i]
-            line["categories"] = [name for name, has in zip(categories, said, strict=True) if has]
-            line["p_category"] = {n: _number(p) for n, p in zip(categories, verdicts.p_category[i], strict=True)}
-        yield line
+        yield {"row_id": row.id, "place": places.get(row.id)} | verdict_line(verdicts, i, categories)
+
+
+def verdict_line(verdicts: Verdicts, i: int, categories: Sequence[str]) -> dict[str, Any]:
+    """The verdict on row i as it is written, without what names the row."""
+    line: dict[str, Any] = {"unsafe": bool(verdicts.unsafe[i]), "p_unsafe": _number(verdicts.p_unsafe[i])}
+    if verdicts.severity is not None and verdicts.p_severity is not None:
+        line["severity"] = int(verdicts.severity[i])
+        line["p_severity"] = [_number(p) for p in verdicts.p_severity[i]]
+    if verdicts.category is not None and verdicts.p_category is not None:
+        said = verdicts.category[i]
+        line["categories"] = [name for name, has in zip(categories, said, strict=True) if has]
+        line["p_category"] = {n: _number(p) for n, p in zip(categories, verdicts.p_category[i], strict=True)}
+    return line
 
 
 def _number(value: Any) -> float:

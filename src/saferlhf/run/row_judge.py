@@ -1,18 +1,26 @@
-"""A trained model as a judge of single answers: a moderator by its calibrated verdicts, a cost model by its sign."""
+"""A judge of single answers: a moderator by its calibrated verdicts, a cost model by its sign, others by what they say.
+
+A guard model of others or a remote judge may give no verdict on a row (`OutsideJudge`). Such a row is of no class: it
+is counted, and left out of what is measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import expit
+from numpy.typing import NDArray
+from scipy.special import expit, logit
 
 from saferlhf.config.evaluate_schema import EvaluateConfig
+from saferlhf.config.rollout_schema import GuardJudgeConfig
 from saferlhf.config.schema import DataPolicyConfig
 from saferlhf.data.encode import EncodedAnswers, Encoder
 from saferlhf.data.report import DataReport
+from saferlhf.data.rows import QuestionAnswer
 from saferlhf.errors import UserError
 from saferlhf.evaluation.features import row_features
 from saferlhf.evaluation.moderate import moderate_rows
@@ -23,10 +31,16 @@ from saferlhf.models.moderator import calibration_of, logits_of
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.ops.calibration import Calibration, decide
 from saferlhf.ops.moderation import ModerationLogits, Verdicts
-from saferlhf.run.judged_model import JudgedModel
+from saferlhf.rollout.chat_guard import Guard
+from saferlhf.rollout.guard import GuardedScorer
+from saferlhf.rollout.scorers import ScoreRequest
+from saferlhf.run.judged_model import VERDICTS, JudgedModel
 from saferlhf.run.screen import say
 
 _BLOCK = 1024  # rows through the heads at once
+_ASKED = 256  # rows that a judge of others is asked about at once
+
+Bools = NDArray[np.bool_]
 
 
 class RowJudge:
@@ -114,6 +128,119 @@ class RowJudge:
         if self._kind == "moderator":
             return decide(logits, self.calibration)
         return Verdicts(expit(logits.unsafe), None, None, logits.unsafe > 0, None, None, logits.unsafe)
+
+    def parsed(self, logits: ModerationLogits) -> Bools | None:
+        """None: there is a verdict on every row."""
+        return None
+
+
+@dataclass(frozen=True)
+class AskedRows:
+    """Rows as a judge of others reads them: whole.
+
+    Attributes:
+        rows: N of them.
+    """
+
+    rows: Sequence[QuestionAnswer]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class OutsideJudge:
+    """A guard model of others, or a remote judge, in the place of a model: verdicts on `unsafe` alone.
+
+    A guard's number is the log odds of its verdict words (`rollout/chat_guard.py`), unsafe above those of its `zero`. A
+    remote judge's is `p_unsafe`, unsafe above one half, or its `cost`, unsafe above 0, or 1 - `is_safe`.
+
+    Args:
+        model: with a judge.
+        config: device, and where answers are kept.
+
+    Attributes:
+        calibration: the defaults: nothing is known of its scale.
+        prompt_only: no; texts alone are answers to nothing.
+    """
+
+    prompt_only = False
+
+    def __init__(self, model: JudgedModel, config: EvaluateConfig) -> None:
+        assert model.judge is not None
+        self.calibration = Calibration.default(())
+        self._judge, self._scorer = model.judge, model.load(config)
+        self._output = next((name for name in VERDICTS if name in self._scorer.outputs), "")
+        self._first: tuple[str, str] | None = None  # (row, reason) of the first without a verdict
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """None: a guard has names of its own for them."""
+        return ()
+
+    def encode(self, rows: Sequence[Any], split: str, report: DataReport | None = None) -> AskedRows:
+        """The rows; what is too long for the judge is its own affair."""
+        return AskedRows(rows)
+
+    def logits(
+        self, data: AskedRows, progress: Callable[[int], None] | None = None, *, kept: bool = False
+    ) -> ModerationLogits:
+        """Log odds of unsafe (of a remote judge's cost: the cost); NaN where there is no verdict.
+
+        Args:
+            data: of `encode`.
+            progress: called with the number of rows done so far.
+            kept: of no meaning here.
+
+        Raises:
+            UserError: too many rows have none (`judge.max_failed_share`).
+        """
+        found = np.full(len(data), np.nan)
+        for start in range(0, len(data), _ASKED):
+            some = data.rows[start : start + _ASKED]
+            found[start : start + len(some)] = self._ask([ScoreRequest(r.id, r.prompt, r.response) for r in some])
+            if progress is not None:
+                progress(start + len(some))
+        missing = int(np.isnan(found).sum())
+        if missing == len(data) or missing > self._judge.max_failed_share * len(data):
+            row, reason = self._first or ("", "")
+            what = f"{missing:,} of {len(data):,} answers got no verdict; the first, row {row}: {reason}"
+            raise UserError(what, f"judge '{self._judge.name}'", "mend the judge, or raise judge.max_failed_share")
+        return ModerationLogits(found, None, None)
+
+    def _ask(self, asked: Sequence[ScoreRequest]) -> NDArray[np.float64]:
+        scorer = self._scorer.scorer
+        if isinstance(scorer, Guard):
+            readings = scorer.readings(asked)
+            reasons = dict(readings.reasons)
+            values = np.where(readings.unparsed, np.nan, readings.logits)
+        else:
+            policy = replace(self._scorer.policy, max_failed_share=1.0)  # counted over all rows, not over these
+            scores = GuardedScorer(scorer, policy).score(asked)
+            reasons = {failure.index: failure.reason for failure in scores.failures}
+            values = scores.values[self._output]
+            if self._output != "cost":
+                values = logit(1 - values if self._output == "is_safe" else values)
+        if reasons and self._first is None:
+            place = min(reasons)
+            self._first = (asked[place].row_id, reasons[place])
+        return np.asarray(values, np.float64)
+
+    def decide(self, logits: ModerationLogits) -> Verdicts:
+        """Probabilities as they are given, not calibrated; rows without a verdict are NaN and not to be read."""
+        zero = self._judge.zero if isinstance(self._judge, GuardJudgeConfig) else 0.5
+        p = expit(logits.unsafe)
+        # a certain judge (p of 0 or 1) has no finite log odds, and rows are then ranked by p
+        ranks = logits.unsafe if np.isfinite(logits.unsafe[~np.isnan(logits.unsafe)]).all() else None
+        return Verdicts(p, None, None, logits.unsafe > logit(zero), None, None, ranks)
+
+    def parsed(self, logits: ModerationLogits) -> Bools:
+        """(N,) True where there is a verdict."""
+        return ~np.isnan(logits.unsafe)
+
+
+def judge_of(model: JudgedModel, config: EvaluateConfig) -> RowJudge | OutsideJudge:
+    """The judge that this model is, or the one that stands in its place."""
+    return RowJudge(model, config) if model.judge is None else OutsideJudge(model, config)
 
 
 def _reads_frozen_states(model: Any) -> bool:

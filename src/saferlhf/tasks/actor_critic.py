@@ -29,10 +29,14 @@ from saferlhf.ops.policy_losses import explained_variance, token_logprobs, value
 from saferlhf.ops.shaping import clip_scores, kl_estimate, shape_rewards, truncated_scores
 from saferlhf.rollout.engines.mismatch import logprob_mismatch, refuse_mismatch
 from saferlhf.rollout.experience import Experience, Rollout, minibatch_indices
+from saferlhf.rollout.truth_scorer import TruthScorer
 from saferlhf.tasks.online_base import OnlineTask
 from saferlhf.tasks.online_prompts import PromptBatch
 from saferlhf.tasks.online_scores import SignalScores, chunks
 from saferlhf.tasks.ppo_losses import UpdateSums, actor_backward, critic_backward, means_of, ptx_backward
+
+TOYWORLD = "toyworld"
+"""Source of data whose truth is known."""
 
 
 class ActorCriticTask(OnlineTask):
@@ -53,7 +57,7 @@ class ActorCriticTask(OnlineTask):
         scores = self.signals.score(rollout, self.device)
         # 3. the multipliers answer to the raw costs of the whole rollout, once
         stats = self.constraint.update(scores.costs, rollout.groups)
-        stats |= _described(rollout, scores)
+        stats |= _described(rollout, scores) | self._truth(rollout)
         # 4. responses that got all their scores; what the old policy and the reference say of every token
         rollout = rollout.select(torch.nonzero(scores.scored).flatten()).to(self.device)
         if not len(rollout):
@@ -206,6 +210,14 @@ class ActorCriticTask(OnlineTask):
         """Responses per forward pass without gradients: logits of all their tokens have to fit."""
         trainer = self.config.trainer
         return min(trainer.eval_batch_size, trainer.micro_batch_size or trainer.eval_batch_size)
+
+    def _truth(self, rollout: Rollout) -> dict[str, float]:
+        """On the toy world, what the responses are really worth: logged, and learned from by nobody."""
+        if self.config.data.source != TOYWORLD:
+            return {}
+        said = TruthScorer().score(rollout.requests()).values
+        shown = {"helpfulness": "helpfulness", "harmlessness": "harmlessness", "is_safe": "safe_rate"}
+        return {f"truth_{name}": float(said[output].mean()) for output, name in shown.items()}
 
     @torch.no_grad()
     def _logprobs(self, name: str, rollout: Rollout) -> Tensor:
