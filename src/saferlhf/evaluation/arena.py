@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from saferlhf.errors import UserError
+from saferlhf.evaluation.headings import slug
 from saferlhf.evaluation.policy_answers import PolicyAnswers
 from saferlhf.evaluation.policy_metrics import by_prompt, wins
 from saferlhf.evaluation.sheet import MetricSheet
@@ -177,11 +178,6 @@ def judged_scores(policies: Mapping[str, PolicyAnswers], output: str, judge: str
         who = "no judge" if judge is None else f"the judge {judge} never"
         raise UserError(f"{who} gave {output} for all of {', '.join(policies)}", "the arena", "give all the same judge")
     return {name: answers.judged[common[0]].values[output] for name, answers in policies.items()}
-
-
-def slug(name: str) -> str:
-    """A policy's name in a metric's: `reward shaping, nu 0.5` is `reward_shaping_nu_0.5`."""
-    return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in name).lower().split())
 
 
 def arena_metrics(found: Arena, prefix: str = "arena") -> dict[str, float]:

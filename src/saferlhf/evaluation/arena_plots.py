@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saferlhf.evaluation.arena import Arena, SafetySides, Share
-from saferlhf.evaluation.drawing import GRID, INK, SERIES, panel, to_svg
+from saferlhf.evaluation.drawing import GRID, INK, ON_PAGE, ON_WHITE, SERIES, panel, save_png, to_svg
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 Colours = Mapping[str, str]
 """Marker colour -> the colour it is drawn in; for a page they stay, and the page's own take their place."""
 
-_MARKS = (INK, GRID, *SERIES)
-_ON_PAGE = {mark: mark for mark in _MARKS}
-_ON_WHITE = dict(zip(_MARKS, ("#1b1f24", "#d1d9e0", "#0072b2", "#d55e00", "#009e73", "#aa4499"), strict=True))
 _SHAPES = "os^Dv<>p"
 _WITH_INTERVALS = 6  # so many policies leave room for a second line in each cell
 _STRONGEST = 0.54  # opacity of a cell: the ink on it keeps a contrast of 4.5 to 1, on light and on dark ground
@@ -38,22 +35,22 @@ def win_rates_svg(found: Arena) -> str:
     The stronger the colour, the further from one half; blue is more than that, orange less. A star marks a pair that is
     not alike by its adjusted p-value.
     """
-    return to_svg(_matrix(found, _ON_PAGE), f"win rates, {found.dimension}")
+    return to_svg(_matrix(found, ON_PAGE), f"win rates, {found.dimension}")
 
 
 def win_rates_png(path: Path, found: Arena) -> None:
     """Write `win_rates_svg`'s drawing as a PNG."""
-    _save(_matrix(found, _ON_WHITE), path)
+    save_png(_matrix(found, ON_WHITE), path)
 
 
 def ratings_svg(found: Arena) -> str:
     """Ratings with their intervals as an <svg> element, the highest on top; the baseline is the line at 0."""
-    return to_svg(_dots(found, _ON_PAGE), f"ratings, {found.dimension}")
+    return to_svg(_dots(found, ON_PAGE), f"ratings, {found.dimension}")
 
 
 def ratings_png(path: Path, found: Arena) -> None:
     """Write `ratings_svg`'s drawing as a PNG."""
-    _save(_dots(found, _ON_WHITE), path)
+    save_png(_dots(found, ON_WHITE), path)
 
 
 def safety_svg(sides: Mapping[str, SafetySides]) -> str | None:
@@ -61,16 +58,16 @@ def safety_svg(sides: Mapping[str, SafetySides]) -> str | None:
 
     A policy that lacks one of the two is not drawn.
     """
-    figure = _plane(sides, _ON_PAGE)
+    figure = _plane(sides, ON_PAGE)
     return None if figure is None else to_svg(figure, "attack success and over-refusal")
 
 
 def safety_png(path: Path, sides: Mapping[str, SafetySides]) -> bool:
     """Write `safety_svg`'s drawing as a PNG; False where there is nothing to draw."""
-    figure = _plane(sides, _ON_WHITE)
+    figure = _plane(sides, ON_WHITE)
     if figure is None:
         return False
-    _save(figure, path)
+    save_png(figure, path)
     return True
 
 
@@ -181,11 +178,6 @@ def _recolour(axes: Any, colours: Colours, spines: bool = True) -> None:
     axes.tick_params(colors=colours[INK], labelcolor=colours[INK], color=colours[GRID])
     axes.xaxis.label.set_color(colours[INK])
     axes.yaxis.label.set_color(colours[INK])
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=140, facecolor="white", metadata={"Software": None})
 
 
 # ------------------------------------------------------------------------------------------------ tables

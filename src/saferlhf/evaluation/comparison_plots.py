@@ -14,16 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saferlhf.evaluation.drawing import GRID, INK, SERIES, panel, to_svg
+from saferlhf.evaluation.drawing import GRID, INK, ON_PAGE, ON_WHITE, SERIES, panel, save_png, to_svg
 from saferlhf.evaluation.model_comparison import MetricComparison, ProtocolComparison
 from saferlhf.evaluation.paired_intervals import Estimate
 
 FOREST, DOTS = "differences.png", "models.png"
 """Names of the pictures in the folder of a comparison."""
 
-_MARKS = (INK, GRID, *SERIES)
-_ON_PAGE = {mark: mark for mark in _MARKS}
-_ON_WHITE = dict(zip(_MARKS, ("#1b1f24", "#d1d9e0", "#0072b2", "#d55e00", "#009e73", "#aa4499"), strict=True))
 _SHAPES = "os^Dv<>p"
 _LINE = 0.27  # inches a line of a plot takes
 _WIDEST, _STEP = 0.7, 0.3  # of the room between two protocols: what all models share, and the most between two
@@ -48,26 +45,26 @@ def forest_svg(
         confidence: of the intervals; 1 minus it is the level of a filled mark.
         title: of the figure.
     """
-    figure = _forest(comparisons, confidence, _ON_PAGE)
+    figure = _forest(comparisons, confidence, ON_PAGE)
     return None if figure is None else to_svg(figure, title)
 
 
 def forest_png(path: Path, comparisons: Sequence[ProtocolComparison], confidence: float = 0.95) -> bool:
     """Write the same as a PNG; False without any difference."""
-    return _saved(_forest(comparisons, confidence, _ON_WHITE), path)
+    return _saved(_forest(comparisons, confidence, ON_WHITE), path)
 
 
 def dots_svg(
     comparisons: Sequence[ProtocolComparison], confidence: float = 0.95, title: str = "models by protocol"
 ) -> str | None:
     """Values of all models by protocol as an <svg> element for the report; None without any."""
-    figure = _dots(comparisons, confidence, _ON_PAGE)
+    figure = _dots(comparisons, confidence, ON_PAGE)
     return None if figure is None else to_svg(figure, title)
 
 
 def dots_png(path: Path, comparisons: Sequence[ProtocolComparison], confidence: float = 0.95) -> bool:
     """Write the same as a PNG; False without any value."""
-    return _saved(_dots(comparisons, confidence, _ON_WHITE), path)
+    return _saved(_dots(comparisons, confidence, ON_WHITE), path)
 
 
 def figures_html(comparisons: Sequence[ProtocolComparison], confidence: float = 0.95) -> str:
@@ -195,6 +192,5 @@ def _lay_out(axes: Any, labels: Sequence[str], colours: Mapping[str, str], bold:
 def _saved(figure: Any, path: Path) -> bool:
     if figure is None:
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=140, facecolor="white", metadata={"Software": None})
+    save_png(figure, path)
     return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from html import escape
+from pathlib import Path
 from typing import Any
 
 # matplotlib draws in these marker colours; the page's own take their place in the SVG text
@@ -21,6 +22,12 @@ PAGE_COLOURS = {
     SERIES[2]: "var(--series-3, #009e73)",
     SERIES[3]: "var(--series-4, #aa4499)",
 }
+ON_WHITE = dict(
+    zip((INK, GRID, *SERIES), ("#1b1f24", "#d1d9e0", "#0072b2", "#d55e00", "#009e73", "#aa4499"), strict=True)
+)
+"""Marker colour -> colour of a PNG, which stands on white ground."""
+ON_PAGE = {mark: mark for mark in ON_WHITE}
+"""The same of an SVG: the page's own colours take their place in the text."""
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -68,3 +75,9 @@ def to_svg(figure: Any, title: str) -> str:
     # groups are named the same in every drawing, and nothing refers to them: ids must be unique in a page
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(title, quote=True)}"', 1)
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """The drawing as a PNG on white ground; equal drawings give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=140, facecolor="white", metadata={"Software": None})

@@ -19,6 +19,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from saferlhf.errors import UserError
+from saferlhf.evaluation.headings import slug
 from saferlhf.evaluation.judgement_measures import Aligned, Measure, aligned, areas_of, measures_of
 from saferlhf.evaluation.judgements import Judgements
 from saferlhf.evaluation.paired_intervals import (
@@ -187,11 +188,6 @@ def with_holm(comparisons: Sequence[ProtocolComparison]) -> list[ProtocolCompari
 
 
 # ------------------------------------------------------------------------------------------------ flat
-def slug(heading: str) -> str:
-    """The heading in a metric's name: `Ours, seed 1` is `ours_seed_1`."""
-    return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in heading).lower().split())
-
-
 def flat_metrics(comparisons: Iterable[ProtocolComparison]) -> dict[str, float]:
     """`compare/<protocol>/<area>/<metric>/<model>` and `/<a>_minus_<b>`, with what belongs to them.
 

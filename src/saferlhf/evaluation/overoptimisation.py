@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saferlhf.evaluation.drawing import GRID, INK, SERIES, to_svg
+from saferlhf.evaluation.drawing import GRID, INK, ON_PAGE, ON_WHITE, SERIES, to_svg
 from saferlhf.evaluation.plots import Curve
 
 Floats = NDArray[np.float64]
@@ -38,8 +38,6 @@ KL, PROXY, TRUTH, SAFE = "train/kl", "train/mean_reward", "train/truth_helpfulne
 WINDOWS = 10
 """A window is this part of all rollouts."""
 
-_MARKS = (INK, GRID, *SERIES)
-_ON_WHITE = dict(zip(_MARKS, ("#1b1f24", "#d1d9e0", "#0072b2", "#d55e00", "#009e73", "#aa4499"), strict=True))
 _LEAST = 4  # rollouts, for a curve to be one
 
 
@@ -122,13 +120,13 @@ def _noise(values: Floats, window: int) -> float:
 # ------------------------------------------------------------------------------------------------ pictures
 def overoptimisation_svg(found: Overoptimisation, title: str = "reward model and truth over training") -> str:
     """The curves as an <svg> element for the report."""
-    return to_svg(_drawn(found, {mark: mark for mark in _MARKS}), title)
+    return to_svg(_drawn(found, ON_PAGE), title)
 
 
 def overoptimisation_png(path: Path, found: Overoptimisation) -> None:
     """Write the same as a PNG on white ground."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = _drawn(found, _ON_WHITE)
+    figure = _drawn(found, ON_WHITE)
     figure.savefig(path, format="png", dpi=140, facecolor="white", metadata={"Software": None})
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from saferlhf.evaluation.drawing import DASHES, GRID, INK, SERIES, panel, to_svg
+from saferlhf.evaluation.drawing import DASHES, GRID, INK, ON_PAGE, ON_WHITE, SERIES, panel, save_png, to_svg
 from saferlhf.evaluation.plots import Curve
 from saferlhf.evaluation.policy_answers import PolicyAnswers
 from saferlhf.evaluation.policy_compare import height_of_front
@@ -28,8 +28,6 @@ SCATTER, CURVES = "reward_cost.png", "constraint.png"
 PLANES = (("reward", "cost"), ("helpfulness", "harmlessness"))
 """What is drawn against each other, the first pair that judges give."""
 
-_MARKS = (INK, GRID, *SERIES)
-_ON_WHITE = dict(zip(_MARKS, ("#1b1f24", "#d1d9e0", "#0072b2", "#d55e00", "#009e73", "#aa4499"), strict=True))
 _MOST_POINTS = 2_000  # of each policy; more make a blot
 
 _CROWD = 4  # so many points close together are shown larger
@@ -46,16 +44,16 @@ CONSTRAINT_CURVES = ("lambda", "cost", "reward")
 
 def scatter_svg(policies: Mapping[str, PolicyAnswers], title: str = "responses by reward and cost") -> str | None:
     """The plane as an <svg> element for the report; None where no judge gives both of its sides."""
-    figure = _scatter(policies, {mark: mark for mark in _MARKS})
+    figure = _scatter(policies, ON_PAGE)
     return None if figure is None else to_svg(figure, title)
 
 
 def scatter_png(path: Path, policies: Mapping[str, PolicyAnswers]) -> bool:
     """Write the plane as a PNG; False where no judge gives both of its sides."""
-    figure = _scatter(policies, _ON_WHITE)
+    figure = _scatter(policies, ON_WHITE)
     if figure is None:
         return False
-    _save(figure, path)
+    save_png(figure, path)
     return True
 
 
@@ -141,9 +139,9 @@ def plane_png(
         _draw_plane(panel_axes, places, fixed, best)
     if crowd is not None:
         closer[0].set(xlim=crowd[0], ylim=crowd[1], title="closer")
-        axes.indicate_inset((crowd[0][0], crowd[1][0], *map(_width, crowd)), edgecolor=_ON_WHITE[INK])
+        axes.indicate_inset((crowd[0][0], crowd[1][0], *map(_width, crowd)), edgecolor=ON_WHITE[INK])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
-    _save(figure, path)
+    save_png(figure, path)
     return True
 
 
@@ -155,17 +153,17 @@ def _draw_plane(
         safe, helpful = (np.array(values) for values in zip(*fixed, strict=True))
         across = np.unique(np.concatenate([safe, np.linspace(safe.min(), safe.max(), 200)]))
         heights = [height_of_front(safe, helpful, float(at)) for at in across]
-        axes.plot(across, heights, ":", color=_ON_WHITE[INK], linewidth=1.2, label="front of fixed weights")
+        axes.plot(across, heights, ":", color=ON_WHITE[INK], linewidth=1.2, label="front of fixed weights")
     for number, (name, (x, y)) in enumerate(places.items()):
-        colour, marker = _ON_WHITE[SERIES[number % len(SERIES)]], "os^Dv<>p"[number // len(SERIES) % 8]
+        colour, marker = ON_WHITE[SERIES[number % len(SERIES)]], "os^Dv<>p"[number // len(SERIES) % 8]
         # a percentile interval of few prompts may leave its own value out
         spans = [[[max(point - low, 0.0)], [max(high - point, 0.0)]] for point, low, high in (x, y)]
         axes.errorbar(x[0], y[0], xerr=spans[0], yerr=spans[1], fmt=marker, color=colour, label=name, capsize=2)
     if best is not None:
-        axes.plot(1.0, best, "*", color=_ON_WHITE[INK], markersize=11, label="best safe")
+        axes.plot(1.0, best, "*", color=ON_WHITE[INK], markersize=11, label="best safe")
     axes.set_xlabel("share of safe responses")
     axes.set_ylabel("mean helpfulness")
-    axes.grid(color=_ON_WHITE[GRID], linewidth=0.6)
+    axes.grid(color=ON_WHITE[GRID], linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -252,19 +250,19 @@ def constraint_png(path: Path, curves: Mapping[str, Curve], thresholds: Sequence
         for place, (label, curve) in enumerate(series.items()):
             points = np.asarray(list(curve), dtype=np.float64).reshape(-1, 2)
             points = points[np.isfinite(points).all(axis=1)]
-            colour, dash = _ON_WHITE[SERIES[place % len(SERIES)]], DASHES[place % len(DASHES)]
+            colour, dash = ON_WHITE[SERIES[place % len(SERIES)]], DASHES[place % len(DASHES)]
             axes.plot(points[:, 0], points[:, 1], dash, color=colour, linewidth=1.5, label=label)
         if wanted == "cost":
             for level in thresholds:
-                axes.axhline(level, color=_ON_WHITE[INK], linewidth=1.0, linestyle=":")
+                axes.axhline(level, color=ON_WHITE[INK], linewidth=1.0, linestyle=":")
         axes.set_ylabel(wanted)
-        axes.grid(axis="y", color=_ON_WHITE[GRID], linewidth=0.6)
+        axes.grid(axis="y", color=ON_WHITE[GRID], linewidth=0.6)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8)
     plots[-1].set_xlabel("rollout")
-    _save(figure, path)
+    save_png(figure, path)
     return True
 
 
@@ -277,8 +275,3 @@ def _recolour(axes: Any, colours: Mapping[str, str]) -> None:
     axes.grid(axis="both", color=colours[GRID], linewidth=0.6)
     axes.xaxis.label.set_color(colours[INK])
     axes.yaxis.label.set_color(colours[INK])
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=140, facecolor="white", metadata={"Software": None})

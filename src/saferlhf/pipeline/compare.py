@@ -16,6 +16,7 @@ from saferlhf.config.files import read_json, write_text
 from saferlhf.config.schema import CompareConfig
 from saferlhf.config.validate import suggestion
 from saferlhf.errors import UserError
+from saferlhf.evaluation.headings import slug
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,11 +127,6 @@ def compare(
     if arena is not None:
         arena.draw(out)
     return metrics
-
-
-def slug(heading: str) -> str:
-    """The heading in a metric's name: `reward shaping, nu 1` is `reward_shaping_nu_1`."""
-    return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in heading).lower().split())
 
 
 # ------------------------------------------------------------------------------------------------ numbers

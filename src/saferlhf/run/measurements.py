@@ -19,7 +19,7 @@ from saferlhf.data.rows import Row
 from saferlhf.data.splits import prompt_key, take
 from saferlhf.errors import UserError
 from saferlhf.evaluation.policy_config import asked_judges
-from saferlhf.run.judged_model import FITS, POLICY, JudgedModel, fits, kinds_of, refuse_unfit
+from saferlhf.run.judged_model import POLICY, JudgedModel, fits, kinds_of, refuse_unfit
 from saferlhf.run.screen import say
 
 RowT = TypeVar("RowT", bound=Row)
@@ -209,14 +209,3 @@ def measurement_identity(measurement: Measurement) -> dict[str, Any]:
         "preference": protocol.preference,
         "harmful": measurement.config.harmful,
     }
-
-
-__all__ = [
-    "FITS",
-    "LeftOut",
-    "Measurement",
-    "TrainingRows",
-    "measurement_identity",
-    "measurements_for",
-    "seen_prompts",
-]
