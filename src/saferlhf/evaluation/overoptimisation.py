@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saferlhf.evaluation.drawing import GRID, INK, ON_PAGE, ON_WHITE, SERIES, to_svg
+from saferlhf.evaluation.drawing import GRID, INK, ON_PAGE, ON_WHITE, SERIES, save_png, to_svg
 from saferlhf.evaluation.plots import Curve
 
 Floats = NDArray[np.float64]
@@ -125,9 +125,7 @@ def overoptimisation_svg(found: Overoptimisation, title: str = "reward model and
 
 def overoptimisation_png(path: Path, found: Overoptimisation) -> None:
     """Write the same as a PNG on white ground."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = _drawn(found, ON_WHITE)
-    figure.savefig(path, format="png", dpi=140, facecolor="white", metadata={"Software": None})
+    save_png(_drawn(found, ON_WHITE), path)
 
 
 def _drawn(found: Overoptimisation, colours: Mapping[str, str]) -> Any:
