@@ -50,6 +50,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
     if config.split is not None:
         one_of(config.split, "split", ["train", "val", "test", "all"])
     one_of(config.suite.unfit, "suite.unfit", ["refuse", "skip"])
+    one_of(config.kept_layers, "kept_layers", ["all", "own"])
     _check_measures(config)
     _check_models(config)
     one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])

@@ -100,4 +100,5 @@ class EvaluateConfig:
     seed: int = 0
     output_root: str = "outputs"
     cache_dir: Optional[str] = None
+    kept_layers: str = "all"  # all | own: hidden states that are kept of the rows a probe judges
     verbose_errors: bool = False

@@ -26,6 +26,7 @@ from saferlhf.evaluation.features import row_features
 from saferlhf.evaluation.moderate import moderate_rows
 from saferlhf.evaluation.score import evaluating, score_rows
 from saferlhf.models.adapters import has_active_adapter
+from saferlhf.models.layers import layer_count
 from saferlhf.models.metadata import ExportMetadata
 from saferlhf.models.moderator import calibration_of, logits_of
 from saferlhf.models.score_model import ScoreModel
@@ -64,7 +65,7 @@ class RowJudge:
         self._batch_size = config.trainer.eval_batch_size
         self._autocast = config.trainer.precision != "32-true"
         self._policy = config.data.policy
-        self._cache_dir = config.cache_dir
+        self._cache_dir, self._kept_layers = config.cache_dir, config.kept_layers
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -88,8 +89,8 @@ class RowJudge:
 
         Args:
             progress: called with the number of rows done so far.
-            kept: keep the hidden states of a probe in the cache, and take them from there. Every probe of these layers
-                of its backbone reads the same states.
+            kept: keep the hidden states of a probe in the cache, and take them from there. Every probe of its backbone
+                reads the same states; with `kept_layers=own`, every probe of these layers.
         """
         if self._kind == "moderator":
             if kept and _reads_frozen_states(self._model):
@@ -104,10 +105,11 @@ class RowJudge:
 
     def _of_features(self, data: EncodedAnswers, progress: Callable[[int], None] | None) -> ModerationLogits:
         model = self._model
+        layers = model.layers if self._kept_layers == "own" else range(layer_count(model.trunk) + 1)
         features = row_features(
             model,
             data,
-            layers=model.layers,
+            layers=tuple(layers),
             pooling=model.pooling,
             autocast=self._autocast,
             cache_dir=self._cache_dir,
