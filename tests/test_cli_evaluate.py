@@ -202,6 +202,10 @@ def test_a_start_needs_no_heads(tmp_outputs: Path, models: dict[str, Path]) -> N
         (["suite.measures=[polcy]"], "'polcy' is not possible (in suite.measures)"),
         (["+modle=x"], "unknown key 'modle' (in modle); did you mean 'mode' or 'model'?"),
         (["trainer.eval_batch_size=0"], "0 is not a positive number (in trainer.eval_batch_size)"),
+        (
+            ["data.agreement={better: 0.3}"],
+            "two annotators who agree on 0.3 of the pairs (in data.agreement.better); give a share from 0.5 to 1,",
+        ),
         (["data=jsonl", "data.path=nope.jsonl"], "no such file or folder: nope.jsonl (in data.path)"),
         (["data.policy.empty=dorp"], "'dorp' is no policy for empty rows"),
         (["split=val", "split=test"], "'split' is given twice"),
@@ -259,6 +263,27 @@ def test_rows_without_the_needed_label(tmp_outputs: Path, tmp_path: Path, models
     assert answer.code == 2
     assert "the task needs the column 'safer_response_id'" in answer.error
     assert RunFolder(only(tmp_outputs)).status()["status"] == "failed"
+
+
+def test_agreement_of_annotators_gives_the_ceiling(tmp_outputs: Path, tmp_path: Path, models: dict[str, Path]) -> None:
+    """Two who agree on 62.5% are right with (1 + sqrt(0.25)) / 2 each; rates are by label, and a cost's is safer."""
+    pairs = [
+        {
+            "prompt": row.prompt[-1].content,
+            "response_0": row.response_0,
+            "response_1": row.response_1,
+            "safer_response_id": row.safer_response_id,
+        }
+        for row in preference_pairs(12, split="test", seed=0)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    words = [f"model={models['cost']}", "data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "data.test_fraction=0.9"]
+    known = evaluate(tmp_outputs, *words, "data.agreement={safer: 0.625, better: 0.9}", "name=known")
+    other = evaluate(tmp_outputs, *words, "data.agreement={better: 0.9}", "name=other")
+    assert (known.code, other.code) == (0, 0), known.err
+    found = [json.loads(next((tmp_outputs / n).glob("*/metrics.json")).read_text()) for n in ("known", "other")]
+    assert found[0]["test/cost/expected_ceiling"] == pytest.approx(0.75)
+    assert "test/cost/expected_ceiling" not in found[1]
 
 
 def test_an_interrupt_marks_the_evaluation_killed(tmp_outputs: Path, models: dict[str, Path]) -> None:

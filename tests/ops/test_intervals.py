@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from expanded import expanded
 
 from saferlhf.ops import intervals
 from saferlhf.ops.metrics import auroc, weighted_auroc
@@ -61,7 +62,19 @@ def test_blocks_do_not_change_the_draws(monkeypatch):
     blocks = list(intervals._draw_counts(12, 100, 1))
     assert max(block.shape[0] for block in blocks) == 7  # memory is bounded
     assert all((block.sum(axis=1) == 12).all() for block in blocks)
+    intervals._kept_counts.cache_clear()
     assert intervals.resampled_sums(values[:, None], codes, draws=100, seed=1) == pytest.approx(whole)
+
+
+def test_draws_that_are_kept_are_those_that_are_drawn(monkeypatch):
+    """A byte holds a count; where there are too many to keep they are drawn each time."""
+    codes, values = clustered(clusters=300)
+    kept = intervals.resampled_sums(values[:, None], codes, draws=50, seed=4)
+    again = intervals.resampled_sums(values[:, None], codes, draws=50, seed=4)
+    assert (kept == again).all()
+    monkeypatch.setattr(intervals, "_KEPT_ELEMENTS", 300 * 50 - 1)
+    assert intervals.resampled_sums(values[:, None], codes, draws=50, seed=4) == pytest.approx(kept)
+    assert intervals.resampled_sums(values[:, None], codes, draws=50, seed=5) != pytest.approx(kept)
 
 
 def test_bootstrap_mean_agrees_with_a_naive_bootstrap():
@@ -72,7 +85,7 @@ def test_bootstrap_mean_agrees_with_a_naive_bootstrap():
     for _ in range(10_000):
         rows = np.concatenate([np.flatnonzero(codes == cluster) for cluster in rng.integers(0, 40, 40)])
         means.append(values[rows].mean())
-    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.02)
+    assert (low, high) == pytest.approx(expanded(means, 40), abs=0.02)
 
 
 def test_same_seed_same_interval_whatever_the_row_order():
@@ -128,7 +141,7 @@ def test_bootstrap_of_auroc_equals_resampled_rows():
     for draw in np.random.default_rng(8).integers(0, 30, size=(300, 30)):
         rows = np.concatenate([np.flatnonzero(codes == cluster) for cluster in draw])
         sample.append(auroc(scores[rows], labels[rows]))
-    assert found == pytest.approx(tuple(np.quantile(sample, [0.025, 0.975])))
+    assert found == pytest.approx(expanded(sample, 30))
 
 
 # ------------------------------------------------------------------------------------------------ degenerate
@@ -154,6 +167,28 @@ def test_mostly_undefined_statistic_has_no_interval():
     assert intervals.percentile_interval(values) is None
     values[50:95] = 2.0
     assert intervals.percentile_interval(values, 0.5) == (1.0, 2.0)
+
+
+def test_percentiles_of_few_units_lie_further_out():
+    """By hand, 10 units: t = 2.262157 with 9 degrees, times sqrt(10 / 9) = 2.384523, Phi of minus that is 0.008551."""
+    sample = np.arange(100_001) / 100_000
+    low, high = intervals.percentile_interval(sample, 0.95, 10)
+    assert (low, high) == pytest.approx((0.008551, 0.991449), abs=1e-5)
+    assert intervals.percentile_interval(sample, 0.95) == pytest.approx((0.025, 0.975))
+    assert intervals.percentile_interval(sample, 0.95, 10**6) == pytest.approx((0.025, 0.975), abs=1e-5)
+    for units, confidence in ((2, 0.9), (7, 0.5), (150, 0.99)):
+        found = intervals.percentile_interval(sample, confidence, units)
+        assert found == pytest.approx(expanded(sample, units, confidence), abs=1e-9)
+
+
+def test_what_counts_for_a_share_are_the_prompts_that_have_it():
+    """Forty prompts, ten of them with something to count: the interval is that of ten."""
+    codes, counted = np.arange(40), np.arange(40) < 10
+    right = np.where(counted, (np.arange(40) % 3 == 0) * 1.0, 0.0)
+    found = intervals.bootstrap_ratios(right[:, None], counted[:, None], codes, draws=2000, seed=1)[0]
+    sums = intervals.resampled_sums(np.stack([right, counted], axis=1), codes, draws=2000, seed=1)
+    assert found == pytest.approx(expanded(sums[:, 0] / sums[:, 1], 10))
+    assert found.high - found.low > np.diff(np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])) + 0.03
 
 
 def test_wrong_shapes_are_refused():

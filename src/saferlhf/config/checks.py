@@ -236,6 +236,11 @@ def _data_counts(data: DataConfig) -> dict[str, float | None]:
 
 
 def _data_shares(data: DataConfig) -> dict[str, float]:
+    for label, share in (data.agreement or {}).items():
+        one_of(label, "data.agreement", ["better", "safer", "single"])
+        if not 0.5 <= share <= 1:
+            what = f"two annotators who agree on {share:g} of the pairs"
+            raise UserError(what, f"data.agreement.{label}", "give a share from 0.5 to 1, or leave it out")
     return {
         "data.val_fraction": data.val_fraction,
         "data.test_fraction": data.test_fraction,

@@ -29,5 +29,7 @@ def check_stream(config: EvaluateConfig) -> DataConfig:
     for key, value in (("split", config.split), ("evaluation.max_rows", config.evaluation.max_rows)):
         if value is not None:
             raise UserError("a stream is judged from its first line to its last", key, f"{key}=null")
+    if config.trainer.devices > 1:
+        raise UserError("a stream is judged by one process", f"trainer.devices={config.trainer.devices}", "use 1")
     # the default rows are the toy world's; columns are needed to read lines, and a generated world has none
     return replace(data, source="file", annotators=None) if data.source == "toyworld" else data

@@ -133,6 +133,8 @@ class DataConfig:
     test_fraction: float = 0.1
     shuffle_sides: bool = True
     policy: DataPolicyConfig = field(default_factory=DataPolicyConfig)
+    # label that orders pairs -> share of pairs on which two annotators agree, where it was published
+    agreement: Optional[dict[str, float]] = field(default=None, metadata=IF_GIVEN)
     licence: Optional[str] = None
 
     def __post_init__(self) -> None:

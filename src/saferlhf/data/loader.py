@@ -241,6 +241,11 @@ class EvalLoader(Generic[Batch]):
             yield EvalBatch(part, self.dataset.collate(part))
 
     @property
+    def parts(self) -> list[Ints]:
+        """Places of this process's rows, batch by batch."""
+        return self._parts
+
+    @property
     def indices(self) -> Ints:
         """Places of this process's rows in the order in which they come out."""
         return np.concatenate(self._parts)

@@ -292,7 +292,7 @@ def _ratings(
         sample = rated(tables(resampled_sums(counted, codes, draws=how.draws, seed=how.seed)))  # (draws, K)
         best = share_best(sample)
         for place in np.flatnonzero(_settled(table, anchor)):
-            interval = percentile_interval(sample[:, place], how.confidence)
+            interval = percentile_interval(sample[:, place], how.confidence, int(codes.max()) + 1)
             if interval is not None:
                 low[place], high[place] = interval
     return Estimates(rated(table), low, high), best

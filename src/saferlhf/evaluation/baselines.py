@@ -38,6 +38,87 @@ C = 10.0
 MOST_ITERATIONS = 500
 
 
+class AnswerBaselines:
+    """Baselines of single answers; what they learnt is kept, so that any number of test sets costs one training.
+
+    Args:
+        train: N rows to learn from.
+        prompt_only: look at prompts alone, as a moderator of prompts does.
+    """
+
+    def __init__(self, train: Sequence[QuestionAnswer], *, prompt_only: bool = False) -> None:
+        self.prompt_only = prompt_only
+        lengths, words = _Lengths(self._measured(train)), _Tfidf(self._read(train))
+        self._features: dict[str, _Lengths | _Tfidf] = {"length": lengths, "tfidf": words}
+        self._models: dict[tuple[str, str, bytes], Any] = {}  # (features, solver, labels) -> fitted
+
+    def verdicts(
+        self, labels: ModerationLabels, rows: Sequence[QuestionAnswer], *, heads: Sequence[str] = HEADS
+    ) -> dict[str, Verdicts]:
+        """Verdicts of each baseline for `rows`.
+
+        Args:
+            labels: of the N training rows; a head without labels gives none, and its part of the verdicts is None.
+            rows: n rows to be judged; their labels are not looked at.
+            heads: which of unsafe, severity and category are wanted beside unsafe.
+
+        Returns:
+            name -> verdicts of n rows, decisions at probability 1/2 and at the likeliest severity.
+        """
+        labels = _only(labels, heads)
+        found = {"constant": _constant(labels, len(rows))}
+        for name, texts in (("length", self._measured(rows)), ("tfidf", self._read(rows))):
+            found[name] = self._regressions(name, labels, self._features[name].of(texts))
+        return found
+
+    def _measured(self, rows: Sequence[QuestionAnswer]) -> list[str]:
+        """The texts whose lengths count."""
+        return [prompt_text(row.prompt) if self.prompt_only else row.response for row in rows]
+
+    def _read(self, rows: Sequence[QuestionAnswer]) -> list[str]:
+        return [_text(row, self.prompt_only) for row in rows]
+
+    def _regressions(self, name: str, labels: ModerationLabels, asked: Any) -> Verdicts:
+        """A regression for each head that has labels."""
+        p_unsafe = self._binary(name, labels.unsafe, asked)
+        p_severity = level = p_category = said = None
+        if (labels.severity >= 0).any():
+            p_severity = self._levels(name, labels.severity, asked)
+            level = p_severity.argmax(axis=1).astype(np.int64)
+        if labels.categories and (labels.category >= 0).any():
+            p_category = np.stack([self._binary(name, column, asked) for column in labels.category.T], axis=1)
+            said = p_category >= 0.5
+        return Verdicts(p_unsafe, p_severity, p_category, p_unsafe >= 0.5, level, said)
+
+    def _binary(self, name: str, labels: Ints, asked: Any) -> Floats:
+        """(n,) probability of label 1; the base rate where the training rows have one class only."""
+        truth = labels[labels >= 0]
+        if len(truth) == 0 or truth.min() == truth.max():
+            return np.full(asked.shape[0], (truth.sum() + 1) / (len(truth) + 2))
+        model = self._fitted(name, labels, solver="liblinear", random_state=0)
+        return np.asarray(model.predict_proba(asked)[:, 1], np.float64)
+
+    def _levels(self, name: str, labels: Ints, asked: Any) -> Floats:
+        """(n, 4) probability of each severity; levels that the training rows have not get 0."""
+        levels = np.unique(labels[labels >= 0])
+        found = np.zeros((asked.shape[0], SEVERITIES))
+        if len(levels) == 1:
+            found[:, levels[0]] = 1.0
+        else:
+            found[:, levels] = self._fitted(name, labels, solver="lbfgs").predict_proba(asked)
+        return found
+
+    def _fitted(self, name: str, labels: Ints, **options: Any) -> Any:
+        from sklearn.linear_model import LogisticRegression
+
+        key = (name, str(options["solver"]), np.ascontiguousarray(labels, np.int64).tobytes())
+        if key not in self._models:
+            known = labels >= 0
+            model = LogisticRegression(C=C, max_iter=MOST_ITERATIONS, **options)
+            self._models[key] = model.fit(self._features[name].seen[known], labels[known])
+        return self._models[key]
+
+
 def answer_baselines(
     train: Sequence[QuestionAnswer],
     labels: ModerationLabels,
@@ -46,27 +127,8 @@ def answer_baselines(
     prompt_only: bool = False,
     heads: Sequence[str] = HEADS,
 ) -> dict[str, Verdicts]:
-    """Verdicts of each baseline for `rows`.
-
-    Args:
-        train: N rows to learn from.
-        labels: of `train`; a head without labels gives none, and its part of the verdicts is None.
-        rows: n rows to be judged; their labels are not looked at.
-        prompt_only: look at prompts alone, as a moderator of prompts does.
-        heads: which of unsafe, severity and category are wanted beside unsafe.
-
-    Returns:
-        name -> verdicts of n rows, decisions at probability 1/2 and at the likeliest severity.
-    """
-    labels = _only(labels, heads)
-    texts = [[_text(row, prompt_only) for row in part] for part in (train, rows)]
-    lengths = [[prompt_text(row.prompt) if prompt_only else row.response for row in part] for part in (train, rows)]
-    words = _tfidf(texts[0], texts[1])
-    features = {"length": _lengths(lengths[0], lengths[1]), "tfidf": words}
-    found = {"constant": _constant(labels, len(rows))}
-    for name, (seen, asked) in features.items():
-        found[name] = _regressions(seen, labels, asked)
-    return found
+    """Verdicts of each baseline for one set of rows; arguments as of `AnswerBaselines`."""
+    return AnswerBaselines(train, prompt_only=prompt_only).verdicts(labels, rows, heads=heads)
 
 
 def pair_baselines(
@@ -115,53 +177,14 @@ def _constant(labels: ModerationLabels, n: int) -> Verdicts:
     return Verdicts(np.full(n, rate), p_severity, p_category, np.full(n, rate >= 0.5), level, said)
 
 
-def _regressions(seen: Any, labels: ModerationLabels, asked: Any) -> Verdicts:
-    """A regression for each head that has labels."""
-    p_unsafe = _binary(seen, labels.unsafe, asked)
-    p_severity = level = p_category = said = None
-    if (labels.severity >= 0).any():
-        p_severity = _levels(seen, labels.severity, asked)
-        level = p_severity.argmax(axis=1).astype(np.int64)
-    if labels.categories and (labels.category >= 0).any():
-        p_category = np.stack([_binary(seen, column, asked) for column in labels.category.T], axis=1)
-        said = p_category >= 0.5
-    return Verdicts(p_unsafe, p_severity, p_category, p_unsafe >= 0.5, level, said)
-
-
-def _binary(seen: Any, labels: Ints, asked: Any) -> Floats:
-    """(n,) probability of label 1; the base rate where the training rows have one class only."""
-    from sklearn.linear_model import LogisticRegression
-
-    known = labels >= 0
-    truth = labels[known]
-    if len(truth) == 0 or truth.min() == truth.max():
-        return np.full(asked.shape[0], (truth.sum() + 1) / (len(truth) + 2))
-    model = LogisticRegression(C=C, solver="liblinear", random_state=0, max_iter=MOST_ITERATIONS)
-    return np.asarray(model.fit(seen[known], truth).predict_proba(asked)[:, 1], np.float64)
-
-
-def _levels(seen: Any, labels: Ints, asked: Any) -> Floats:
-    """(n, 4) probability of each severity; levels that the training rows have not get 0."""
-    from sklearn.linear_model import LogisticRegression
-
-    known = labels >= 0
-    levels = np.unique(labels[known])
-    found = np.zeros((asked.shape[0], SEVERITIES))
-    if len(levels) == 1:
-        found[:, levels[0]] = 1.0
-        return found
-    model = LogisticRegression(C=C, max_iter=MOST_ITERATIONS)
-    found[:, levels] = model.fit(seen[known], labels[known]).predict_proba(asked)
-    return found
-
-
 # ------------------------------------------------------------------------------------------------ pairs
 def _pair_regression(train: Sequence[PreferencePair], winners: Ints, rows: Sequence[PreferencePair]) -> Floats:
     from sklearn.linear_model import LogisticRegression
 
     sides = [[row.response_0 for row in train], [row.response_1 for row in train]]
     asked = [[row.response_0 for row in rows], [row.response_1 for row in rows]]
-    seen, told = _tfidf(sides[0] + sides[1], asked[0] + asked[1])
+    words = _Tfidf(sides[0] + sides[1])
+    seen, told = words.seen, words.of(asked[0] + asked[1])
     first, second = seen[: len(train)], seen[len(train) :]
     model = LogisticRegression(C=C, solver="liblinear", fit_intercept=False, random_state=0, max_iter=MOST_ITERATIONS)
     model.fit(first - second, (winners == 0).astype(np.int64))
@@ -178,25 +201,42 @@ def _words(text: str) -> int:
     return len(text.split())
 
 
-def _lengths(seen: Sequence[str], asked: Sequence[str]) -> tuple[Floats, Floats]:
-    """Words and log(1 + words) of both, standardised on the first; (N, 2) and (n, 2)."""
-    tables = []
-    for texts in (seen, asked):
+class _Lengths:
+    """Words and log(1 + words) of texts, standardised on the training texts: `seen` (N, 2)."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        table = self._table(texts)
+        self._mean, self._spread = table.mean(axis=0), table.std(axis=0)
+        self._spread[self._spread == 0] = 1.0
+        self.seen = self.of(texts)
+
+    def of(self, texts: Sequence[str]) -> Floats:
+        """(n, 2)."""
+        return np.asarray((self._table(texts) - self._mean) / self._spread)
+
+    @staticmethod
+    def _table(texts: Sequence[str]) -> Floats:
         words = np.array([_words(text) for text in texts], np.float64)
-        tables.append(np.stack([words, np.log1p(words)], axis=1))
-    mean, spread = tables[0].mean(axis=0), tables[0].std(axis=0)
-    spread[spread == 0] = 1.0
-    return (tables[0] - mean) / spread, (tables[1] - mean) / spread
+        return np.stack([words, np.log1p(words)], axis=1)
 
 
-def _tfidf(seen: Sequence[str], asked: Sequence[str]) -> tuple[Any, Any]:
-    """Sparse matrices of both, the vocabulary from the first."""
-    from scipy.sparse import csr_matrix
-    from sklearn.feature_extraction.text import TfidfVectorizer
+class _Tfidf:
+    """Sparse TF-IDF rows of texts, the vocabulary from the training texts: `seen` (N, words)."""
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2 if len(seen) > 50 else 1)
-    try:
-        known = vectorizer.fit_transform(seen)
-    except ValueError:  # not one word in all rows: nothing to tell them apart by
-        return csr_matrix((len(seen), 1)), csr_matrix((len(asked), 1))
-    return known, vectorizer.transform(asked)
+    def __init__(self, texts: Sequence[str]) -> None:
+        from scipy.sparse import csr_matrix
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self._vectorizer: Any = TfidfVectorizer(
+            sublinear_tf=True, ngram_range=(1, 2), min_df=2 if len(texts) > 50 else 1
+        )
+        try:
+            self.seen = self._vectorizer.fit_transform(texts)
+        except ValueError:  # not one word in all texts: nothing to tell them apart by
+            self._vectorizer, self.seen = None, csr_matrix((len(texts), 1))
+
+    def of(self, texts: Sequence[str]) -> Any:
+        """(n, words)."""
+        from scipy.sparse import csr_matrix
+
+        return csr_matrix((len(texts), 1)) if self._vectorizer is None else self._vectorizer.transform(texts)

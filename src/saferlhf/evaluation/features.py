@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from saferlhf.data.batches import tokens_of
 from saferlhf.data.encode import EncodedAnswers
+from saferlhf.errors import UserError
+from saferlhf.evaluation.processes import ALONE, Processes
 from saferlhf.evaluation.score import evaluating
 from saferlhf.models.feature_store import FeatureStore, row_key, stored_features
 from saferlhf.models.features import PARTS, pooled_parts, span_matrix, trunk_id
@@ -120,6 +122,7 @@ def row_features(
     cache_dir: str | Path | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
+    processes: Processes = ALONE,
 ) -> RowFeatures:
     """Features of all rows, from the store as far as they are there.
 
@@ -134,27 +137,33 @@ def row_features(
         cache_dir: the project's cache folder.
         progress: called after each batch.
         say: told of waiting and of damage.
+        processes: share the batches, and the cache folder.
 
     Raises:
-        UserError: the cache folder cannot be written, or numbers that do not fit `dtype`.
+        UserError: the cache folder cannot be written, numbers that do not fit `dtype`, or processes that do not see
+            each other's rows in the cache.
     """
     keys = row_keys(data)
     counts = np.stack([data.store.prompt_lengths, data.lengths - data.store.prompt_lengths], axis=1).astype(np.int64)
     about: dict[str, Any] = {"pooling": pooling, "autocast": autocast, "dtype": dtype, "cache_dir": cache_dir}
     larger = _larger_store(model, layers, keys, **about)
-    if larger is not None:
+    # all processes go the same way, whatever each happens to find
+    if all(processes.each(lambda: larger is not None)) and larger is not None:
         return RowFeatures(larger, keys, counts, tuple(layers), pooling)
     store = feature_store(model, layers=layers, **about)
     found = RowFeatures(store, keys, counts, tuple(layers), pooling)
     damaged = store.drop_damaged(keys)
     if damaged:
         say(f"{damaged:,} cached rows of features are damaged and computed again ({store.folder})")
-    if all(key in store for key in keys):
+    options: dict[str, Any] = {"autocast": autocast, "batch_tokens": batch_tokens, "progress": progress, "say": say}
+    if all(processes.each(lambda: all(key in store for key in keys))):
+        return found
+    if processes.size > 1:
+        _compute_together(model, data, found, processes, **options)
         return found
     with store.writing(lambda: say(f"another process is computing features in {store.folder}: waiting for it")) as add:
         store.drop_damaged(keys)  # the store was read again
-        options: dict[str, Any] = {"autocast": autocast, "batch_tokens": batch_tokens}
-        _compute(model, data, found, add, progress=progress, say=say, **options)
+        _compute(model, data, found, add, **options)
     return found
 
 
@@ -222,12 +231,13 @@ def _compute(
     batch_tokens: int,
     progress: Callable[[Progress], None],
     say: Callable[[str], None],
+    processes: Processes = ALONE,
 ) -> None:
-    """Append the rows that the store lacks."""
+    """Append the rows that the store lacks, those of this process."""
     keys, store, lengths = found.keys, found.store, np.asarray(data.lengths)
     with evaluating(model, autocast=autocast):
         batches = _batches(model, data, found, autocast, batch_tokens, say)
-        batches = [batch for batch in batches if any(keys[i] not in store for i in batch[0])]
+        batches = [batch for batch in processes.mine(batches) if any(keys[i] not in store for i in batch[0])]
         total_rows = sum(len(rows) for rows, _ in batches)
         total_tokens = int(sum(lengths[rows].sum() for rows, _ in batches))
         done = tokens = 0
@@ -239,6 +249,22 @@ def _compute(
             add(list(fresh), numbers[list(fresh.values())])
             done, tokens = done + len(rows), tokens + int(lengths[rows].sum())
             progress(Progress(done, total_rows, tokens, total_tokens, time.monotonic() - started))
+
+
+def _compute_together(
+    model: ScoreModel, data: EncodedAnswers, found: RowFeatures, processes: Processes, **options: Any
+) -> None:
+    """Every process appends its rows, and finds those of the others."""
+    processes.each(lambda: _compute(model, data, found, found.store.add, processes=processes, **options))
+    found.store.refresh()
+
+    def complete() -> None:
+        missing = sum(key not in found.store for key in found.keys)
+        if missing:
+            what = f"{missing:,} rows that other processes computed are not in {found.store.folder}"
+            raise UserError(what, "cache_dir", "name a folder that all processes see")
+
+    processes.each(complete)
 
 
 def _batches(

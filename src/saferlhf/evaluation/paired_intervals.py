@@ -142,7 +142,7 @@ class IntervalRules(NamedTuple):
             return Estimate(value, self._bounded(Interval(value - half, value + half), len(sides)))
         if trials is not None and value in (0.0, 1.0):  # no draw differs, which is not certainty
             return Estimate(value, wilson(value * trials, trials, self.confidence))
-        return Estimate(value, percentile_interval(sample, self.confidence))
+        return Estimate(value, percentile_interval(sample, self.confidence, trials or self.clusters))
 
     def freedom(self, sides: Sequence[Sampled], signs: Sequence[float]) -> float:
         """Degrees of freedom of the variance of a signed sum (Welch-Satterthwaite)."""

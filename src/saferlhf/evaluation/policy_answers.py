@@ -5,13 +5,17 @@ Layout: n prompts, k responses to each, arrays (n, k). A score of NaN means that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saferlhf.data.rows import Prompt, prompt_text
+from saferlhf.errors import UserError
+from saferlhf.evaluation.processes import Processes
 from saferlhf.rollout.scorers import Scorer, ScoreRequest, Scores
 
 Floats = NDArray[np.float64]
@@ -34,6 +38,18 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def of(self, processes: Processes) -> PromptSet:
+        """Those of this process.
+
+        Raises:
+            UserError: fewer prompts than processes.
+        """
+        if len(self) < processes.size:
+            what = f"{len(self)} prompts for {processes.size} processes"
+            raise UserError(what, "trainer.devices", "use more prompts or fewer devices")
+        harmful = self.harmful[processes.rank :: processes.size]
+        return PromptSet(tuple(processes.mine(self.ids)), tuple(processes.mine(self.prompts)), harmful)
 
     @property
     def texts(self) -> list[str]:
@@ -111,3 +127,51 @@ def judged_by(prompts: PromptSet, answers: PolicyAnswers, judges: Sequence[Score
 def _shaped(scores: Scores, shape: tuple[int, int]) -> Judged:
     values = {name: np.asarray(column, dtype=np.float64).reshape(shape) for name, column in scores.values.items()}
     return Judged(values, scores.counts(), ~scores.scored.reshape(shape))
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+def united_answers(
+    processes: Processes, prompts: int, work: Callable[[], Mapping[str, PolicyAnswers]]
+) -> tuple[Mapping[str, PolicyAnswers], Mapping[str, PolicyAnswers]]:
+    """Answers to the prompts of this process, and those to all prompts put together.
+
+    Args:
+        processes: each has the prompts that `PromptSet.of` gives it.
+        prompts: how many there are in all.
+        work: name of a policy -> its answers to this process's prompts.
+
+    Raises:
+        UserError: of any process.
+    """
+    parts = processes.each(work)
+    own = parts[processes.rank]
+    if len(parts) == 1:
+        return own, own
+    return own, {name: _united([part[name] for part in parts], prompts) for name in own}
+
+
+def _united(parts: Sequence[PolicyAnswers], prompts: int) -> PolicyAnswers:
+    def whole(columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        found = np.empty((prompts, columns[0].shape[1]), columns[0].dtype)
+        for rank, column in enumerate(columns):
+            found[rank :: len(columns)] = column
+        return found
+
+    texts: list[tuple[str, ...]] = [()] * prompts
+    for rank, part in enumerate(parts):
+        texts[rank :: len(parts)] = part.texts
+    kl = [part.kl for part in parts if part.kl is not None]
+    judged = {}
+    for name in parts[0].judged:
+        said = [part.judged[name] for part in parts]
+        values = {output: whole([one.values[output] for one in said]) for output in said[0].values}
+        counts = sum((Counter(one.failures) for one in said), Counter())
+        rejected = [one.rejected for one in said if one.rejected is not None]
+        judged[name] = Judged(values, dict(counts), whole(rejected) if len(rejected) == len(said) else None)
+    return PolicyAnswers(
+        texts=tuple(texts),
+        tokens=whole([part.tokens for part in parts]),
+        truncated=whole([part.truncated for part in parts]),
+        kl=whole(kl) if len(kl) == len(parts) else None,
+        judged=judged,
+    )

@@ -137,7 +137,8 @@ def over_front(
     if draws and codes.max() > 0:
         counted = np.concatenate([table, np.ones((len(table), 1))], axis=1)
         sums = resampled_sums(counted, codes, draws=draws, seed=seed)
-        interval = percentile_interval([height(row[:-1] / row[-1]) for row in sums], confidence)
+        heights = [height(row[:-1] / row[-1]) for row in sums]
+        interval = percentile_interval(heights, confidence, int(codes.max()) + 1)
         if interval is not None:
             found |= {"over_front_low": interval.low, "over_front_high": interval.high}
     return found

@@ -44,7 +44,8 @@ class _OfSums:
     columns: Floats  # (n, m)
     functions: Functions
     values: dict[str, float]
-    present: dict[str, int] = field(default_factory=dict)  # of shares: clusters with something to count
+    shares: Collection[str]
+    present: dict[str, int] = field(default_factory=dict)  # clusters with something to count
 
 
 class MetricSheet:
@@ -106,15 +107,14 @@ class MetricSheet:
         """
         table = np.asarray(columns, np.float64)
         found = functions(table.sum(axis=0, keepdims=True))
-        entry = _OfSums(table, functions, {name: float(value[0]) for name, value in found.items()})
+        entry = _OfSums(table, functions, {name: float(value[0]) for name, value in found.items()}, shares)
         for name, value in entry.values.items():
             self._values[name] = None if np.isnan(value) else value
         for name, mask in (counted or {}).items():
             if name in entry.values:
                 self._counts[name] = int(mask.sum())
-                if name in shares:
-                    rows = mask.reshape(len(mask), -1).any(axis=1)
-                    entry.present[name] = len(np.unique(self.clusters[rows]))
+                rows = mask.reshape(len(mask), -1).any(axis=1)
+                entry.present[name] = len(np.unique(self.clusters[rows]))
         self._of_sums.append(entry)
 
     def of_weights(self, functions: Functions, n: int) -> None:
@@ -127,7 +127,7 @@ class MetricSheet:
         if self.draws and rows and int(self.clusters.max()) >= 1 and not all(map(np.isnan, found.values())):
             samples = resampled_statistics(functions, self.clusters, draws=self.draws, seed=self.seed)
             for name, sample in samples.items():
-                self._intervals[name] = percentile_interval(sample, self.confidence)
+                self._intervals[name] = percentile_interval(sample, self.confidence, int(self.clusters.max()) + 1)
 
     def share(self, name: str, credit: ArrayLike, where: ArrayLike | None = None) -> None:
         """The mean of values in [0, 1].
@@ -201,12 +201,14 @@ class MetricSheet:
         parts = np.split(sums, np.cumsum([entry.columns.shape[1] for entry in self._of_sums])[:-1], axis=1)
         for entry, part in zip(self._of_sums, parts, strict=True):
             for name, sample in entry.functions(part).items():
-                self._intervals[name] = self._interval(sample, entry.values[name], entry.present.get(name))
+                self._intervals[name] = self._interval(sample, entry, name)
 
-    def _interval(self, sample: Floats, value: float, present: int | None) -> Interval | None:
+    def _interval(self, sample: Floats, entry: _OfSums, name: str) -> Interval | None:
         """Of one metric; a share that all its prompts agree on has no spread, and one prompt has none to show."""
-        if present is not None and present < 2:
-            return None
-        if present is not None and value in (0.0, 1.0):
-            return wilson(value * present, present, self.confidence)
-        return percentile_interval(sample, self.confidence)
+        present, value = entry.present.get(name), entry.values[name]
+        if name in entry.shares and present is not None:
+            if present < 2:
+                return None
+            if value in (0.0, 1.0):
+                return wilson(value * present, present, self.confidence)
+        return percentile_interval(sample, self.confidence, present or int(self.clusters.max()) + 1)

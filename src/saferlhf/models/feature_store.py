@@ -173,6 +173,12 @@ class FeatureStore:
         finally:
             lock.release()
 
+    def add(self, keys: Sequence[bytes], rows: Any) -> None:
+        """Append those rows that are not there, holding the store no longer than that: for several that share work."""
+        with self.writing() as append:
+            fresh = [place for place, key in enumerate(keys) if key not in self]
+            append([keys[place] for place in fresh], rows[fresh])
+
     def _mend(self) -> None:
         """Begin anew if the folder is of something else; cut off what a killed process left behind."""
         note = self.folder / "about.json"

@@ -19,6 +19,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from saferlhf.errors import UserError
 from saferlhf.models.content import apply_umask, cache_root, file_hash
 
@@ -50,8 +52,8 @@ def package_file(package: str | None, file: str | None) -> Path | None:
 def converted_folder(file: Path, cache_dir: str | Path | None = None) -> Path:
     """A Hugging Face folder (safetensors, tokenizer, chat template) with the model of a GGUF file.
 
-    Converted at the first call, into the cache folder, under a name made of the file's content; several processes may
-    ask at once. Takes seconds to minutes and, for a while, the model's size in float32 as memory.
+    Converted at the first call, into the cache folder, under a name made of the file's content; of several processes
+    one converts and the others wait. Takes seconds to minutes and, for a while, the model's size in float32 as memory.
     """
     root = cache_root(cache_dir) / "gguf"
     target = root / f"{file.stem}-{file_hash(file, cache_dir=cache_dir)[:12]}-v{CONVERTER_VERSION}"
@@ -61,25 +63,24 @@ def converted_folder(file: Path, cache_dir: str | Path | None = None) -> Path:
         if importlib.util.find_spec(library) is None:
             raise UserError(f"reading {file.name} needs {library}", "", f"pip install {library}")
     log.info("converting %s once, to %s", file.name, target)
-    draft = root / f".{target.name}.{os.getpid()}"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(root / f".{target.name}.lock")):  # who comes second waits, and finds it there
+        if not (target / "config.json").is_file():
+            _converted(file, root / f".{target.name}.{os.getpid()}", target)
+    return target
+
+
+def _converted(file: Path, draft: Path, target: Path) -> None:
+    """Convert beside the target, which appears in one step."""
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         _convert(file, draft)
         apply_umask(draft)
-        _publish(draft, target)
+        shutil.rmtree(target, ignore_errors=True)  # one without a config is of no use
+        draft.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return target
-
-
-def _publish(draft: Path, target: Path) -> None:
-    """Rename in one step; whoever comes second finds the same content there and drops its own."""
-    try:
-        draft.rename(target)
-    except OSError:
-        if not (target / "config.json").is_file():
-            raise
 
 
 def _convert(file: Path, draft: Path) -> None:
@@ -96,10 +97,24 @@ def _convert(file: Path, draft: Path) -> None:
     state = {name: value.to(torch.bfloat16) for name, value in loaded.state_dict().items()}
     plain.load_state_dict(state, strict=True, assign=True)
     plain.tie_weights()
-    plain.save_pretrained(str(draft))
+    _write_weights(plain, draft)
     AutoTokenizer.from_pretrained(str(file.parent), **source).save_pretrained(str(draft))
     if _pre_tokenizer(file) == "smollm":
         _split_digits(draft / "tokenizer.json")
+
+
+def _write_weights(model: Any, folder: Path) -> None:
+    """Config and weights, tied ones once; `save_pretrained` writes nothing in any process but the first of a group."""
+    from safetensors.torch import save_file
+
+    once: dict[int, tuple[str, Any]] = {}
+    for name, value in model.state_dict().items():
+        once.setdefault(value.data_ptr(), (name, value.contiguous()))
+    save_file(dict(once.values()), folder / "model.safetensors", metadata={"format": "pt"})
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(str(folder))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(str(folder))
 
 
 def _pre_tokenizer(file: Path) -> str | None:

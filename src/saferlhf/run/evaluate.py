@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from saferlhf.data.build import data_fingerprint
 from saferlhf.data.checks import check_policy
 from saferlhf.errors import UserError
 from saferlhf.evaluation.policy_config import check_policy_keys, policy_identity
+from saferlhf.evaluation.processes import Processes
 from saferlhf.evaluation.protocol_results import FILE as PROTOCOLS
 from saferlhf.evaluation.protocol_results import protocol_result, protocols_html
 from saferlhf.evaluation.provenance import Provenance, data_source, evaluation_facts, judge_line, repeat_command
@@ -31,6 +32,7 @@ from saferlhf.run.judged_model import POLICY, JudgedModel, judged_model
 from saferlhf.run.measured import Measured
 from saferlhf.run.measurements import LeftOut, Measurement, measurement_identity, measurements_for
 from saferlhf.run.screen import say, say_evaluation, say_protocols
+from saferlhf.run.together import followed, joined
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -51,7 +53,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
         return moderate_stream(config)
     folder, metrics = evaluated(config)
-    _show(config, folder, metrics)
+    if Processes.current().first:
+        _show(config, folder, metrics)
     return metrics
 
 
@@ -70,16 +73,25 @@ def evaluated(config: EvaluateConfig) -> tuple[RunFolder, dict[str, float]]:
         say(f"finished before: {folder.path}")
         return folder, read_json(folder.metrics) or {}
 
-    def work() -> dict[str, float]:
+    def work(config: EvaluateConfig, folder: RunFolder) -> dict[str, float]:
         if config.mode == "moderate":
             return _moderate(config, model, folder)
-        return _score(config, asked, left_out, model, folder)
+        mine = [replace(one, config=_as_here(one.config, config)) for one in asked]
+        return _score(config, mine, left_out, model, folder)
 
+    if not joined(config).first:
+        return folder, followed(config, work)
     suite = config.mode if config.mode == "moderate" else config.suite.name
     if config.mode == "score" and config.protocol is not None:
         suite = config.protocol.name
     tags = {"suite": suite, "kind": model.kind, "data": config.data.name, "model": model.locator}
-    return folder, in_folder(folder, config, tags, work)
+    return folder, in_folder(folder, config, tags, lambda: work(config, folder))
+
+
+def _as_here(asked: EvaluateConfig, here: EvaluateConfig) -> EvaluateConfig:
+    """The config of one measurement with what this process measures of it."""
+    kept = {name: getattr(here, name) for name in ("baselines", "evaluation", "tracking", "trainer")}
+    return replace(asked, **kept)
 
 
 def _identity(config: EvaluateConfig, asked: Sequence[Measurement], model: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from saferlhf.config.evaluate_schema import EvaluateConfig
 from saferlhf.config.files import read_json
 from saferlhf.config.identity import run_hash
 from saferlhf.config.run_folder import FINISHED, RunFolder
+from saferlhf.evaluation.processes import Processes
 from saferlhf.run.compare_models import Models, compare_models, resolve_models
 from saferlhf.run.evaluation_folder import in_folder
 from saferlhf.run.judged_model import judged_model
@@ -40,6 +41,8 @@ def compare(config: EvaluateConfig, evaluated: Callable[[EvaluateConfig], Path])
     for heading, runs in found.items():
         for run in runs:
             models.setdefault(heading, []).append(run.folder or evaluated(replace(alone, model=run.locator)))
+    if not Processes.current().first:  # there is nothing to judge any more
+        return {}
     folder = RunFolder(Path(config.output_root) / config.name / run_hash(_identity(config, models)))
     if folder.status().get("status") == FINISHED:
         say(f"finished before: {folder.path}")

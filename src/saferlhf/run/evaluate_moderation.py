@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from saferlhf.data.build import build_data
 from saferlhf.data.labels import prompts_of
 from saferlhf.data.rows import QuestionAnswer, Turn, prompt_text
-from saferlhf.evaluation.baselines import answer_baselines
 from saferlhf.evaluation.by_group import group_metrics
 from saferlhf.evaluation.common_categories import CommonCategories, common_categories
 from saferlhf.evaluation.comparison import baseline_metrics, compare_verdicts
@@ -82,9 +81,8 @@ def measure_moderation(asked: Measurement, model: JudgedModel) -> Measured:
     if train:
         train = prompts_of(train) if judge.prompt_only else train
         say(f"{prefix}: training baselines on {len(train):,} {'prompts' if judge.prompt_only else 'answers'}")
-        baselines = answer_baselines(
-            train, common.labels(train), answers, prompt_only=judge.prompt_only, heads=_heads(verdicts)
-        )
+        learnt = asked.training.baselines(train, prompt_only=judge.prompt_only)
+        baselines = learnt.verdicts(common.labels(train), answers, heads=_heads(verdicts))
         metrics |= baseline_metrics(ids, labels, baselines, prefix=prefix, **options)
         over = {"prefix": f"{prefix}/over_tfidf", **options}
         metrics |= compare_verdicts(labels, verdicts, baselines["tfidf"], **over)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from saferlhf.data.build import build_data
 from saferlhf.data.rows import PromptRow, QuestionAnswer
 from saferlhf.data.splits import prompt_key
 from saferlhf.errors import UserError
-from saferlhf.evaluation.policy_answers import PolicyAnswers, PromptSet, judged_by
+from saferlhf.evaluation.policy_answers import PolicyAnswers, PromptSet, judged_by, united_answers
 from saferlhf.evaluation.policy_config import TOYWORLD, AskedJudge, asked_judges
 from saferlhf.evaluation.policy_judges import check_judges, load_judges
 from saferlhf.evaluation.policy_kl import response_kl
@@ -33,6 +33,7 @@ from saferlhf.evaluation.policy_plots import CURVES, SCATTER, constraint_png, sc
 from saferlhf.evaluation.policy_samples import sample_lines
 from saferlhf.evaluation.policy_sampling import Sampling, SamplingOptions, room_for, sample_policy
 from saferlhf.evaluation.policy_truth import best_metrics, harmful_requests
+from saferlhf.evaluation.processes import Processes
 from saferlhf.models.loading import load_export
 from saferlhf.models.locator import resolve
 from saferlhf.models.metadata import ExportMetadata, read_metadata
@@ -68,9 +69,11 @@ def measure_policy(asked: Measurement, model: JudgedModel, folder: RunFolder) ->
     prompts = PromptSet(
         ids=tuple(row.id for row in part), prompts=tuple(row.prompt for row in part), harmful=_harmful(asked, part)
     )
-    policies = _sampled(config, model, prompts)
+    processes = Processes.current()
+    own = prompts.of(processes)
+    sampled, policies = united_answers(processes, len(prompts), lambda: _sampled(config, model, own))
     write_samples(place / SAMPLES, prompts, policies, with_scores=False)
-    policies = _judged(config, judges, prompts, policies)
+    _, policies = united_answers(processes, len(prompts), lambda: _judged(config, judges, own, sampled))
     write_samples(place / SAMPLES, prompts, policies)
     metrics = policy_metrics(
         prompts,
@@ -107,9 +110,10 @@ def _harmful(asked: Measurement, rows: Sequence[PromptRow]) -> NDArray[np.float6
 
 
 def _judged(
-    config: EvaluateConfig, asked: Sequence[AskedJudge], prompts: PromptSet, policies: dict[str, PolicyAnswers]
+    config: EvaluateConfig, asked: Sequence[AskedJudge], prompts: PromptSet, policies: Mapping[str, PolicyAnswers]
 ) -> dict[str, PolicyAnswers]:
     """The answers with what every judge says; one judge is in memory at a time."""
+    judged = dict(policies)
     judges = load_judges(
         asked,
         output_root=config.output_root,
@@ -117,12 +121,12 @@ def _judged(
         device=device_for(config.trainer.accelerator),
     )
     for judge in judges:
-        say(f"judging {sum(a.tokens.size for a in policies.values()):,} responses by {judge.name}")
-        policies = {name: judged_by(prompts, answers, [judge]) for name, answers in policies.items()}
+        say(f"judging {sum(a.tokens.size for a in judged.values()):,} responses by {judge.name}")
+        judged = {name: judged_by(prompts, answers, [judge]) for name, answers in judged.items()}
         line = judge.report.line()
         if line:
             say(f"{judge.name}: {line}")
-    return policies
+    return judged
 
 
 # ------------------------------------------------------------------------------------------------ policies
@@ -232,7 +236,9 @@ def _kl(
 
 
 # ------------------------------------------------------------------------------------------------ what is left
-def write_samples(path: Path, prompts: PromptSet, policies: dict[str, PolicyAnswers], with_scores: bool = True) -> None:
+def write_samples(
+    path: Path, prompts: PromptSet, policies: Mapping[str, PolicyAnswers], with_scores: bool = True
+) -> None:
     """Write `samples.jsonl`; responses may be harmful, so none is ever printed."""
     lines = sample_lines(prompts, policies, with_scores)
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -19,6 +19,7 @@ from saferlhf.evaluation.baselines import answer_baselines, pair_baselines
 from saferlhf.evaluation.judgements import of_pairs
 from saferlhf.evaluation.plots import score_histograms
 from saferlhf.evaluation.preference import evaluate_preference, unsafe_labels
+from saferlhf.evaluation.processes import Processes
 from saferlhf.evaluation.score import score_rows
 from saferlhf.run import measure
 from saferlhf.run.judged_model import JudgedModel
@@ -49,7 +50,8 @@ def measure_preference(asked: Measurement, model: JudgedModel) -> Measured:
     pairs = list(encoded.rows)
     say(f"{prefix}: scoring {len(pairs):,} pairs with {config.model}")
     autocast = config.trainer.precision != "32-true"
-    scores = score_rows(loaded.model, encoded, batch_size=config.trainer.eval_batch_size, autocast=autocast)
+    options: dict[str, Any] = {"batch_size": config.trainer.eval_batch_size, "autocast": autocast}
+    scores = score_rows(loaded.model, encoded, processes=Processes.current(), **options)
     metrics = measure.pair_metrics(
         pairs,
         scores,
@@ -60,6 +62,7 @@ def measure_preference(asked: Measurement, model: JudgedModel) -> Measured:
         seed=config.seed,
         toyworld=config.data.source == "toyworld",
         annotators=toy_annotators(config.data),
+        agreement=config.data.agreement,
     )
     train = asked.training_rows(splits, PreferencePair, (f"{preference}_response_id",))
     if train:

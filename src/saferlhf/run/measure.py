@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,7 @@ def _measure_scores(prepared: PreparedRun, model: torch.nn.Module) -> Evaluation
             seed=config.seed,
             toyworld=config.data.source == "toyworld" and split == "test",
             annotators=toy_annotators(config.data),
+            agreement=config.data.agreement,
         )
         if split == "test":
             histograms = score_histograms(rows, scores, kind=kind, preference=preference)
@@ -98,11 +100,14 @@ def pair_metrics(
     seed: int,
     toyworld: bool,
     annotators: Annotators | None = None,
+    agreement: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Metrics of scored pairs against their labels and, on the toy world, against ground truth.
 
-    There two further annotators of the same kind label every pair, and how often they agree gives the ceiling.
+    How often two annotators agree gives the ceiling: `agreement` says it by label, and on the toy world two further
+    annotators of the same kind label every pair.
     """
+    label = "safer" if kind == "cost" else preference
     options: dict[str, Any] = {
         "kind": kind,
         "preference": preference,
@@ -111,12 +116,12 @@ def pair_metrics(
         "confidence": evaluation.confidence,
         "seed": seed,
     }
-    agreement = None
+    known = (agreement or {}).get(label)
     if toyworld and annotators is not None:
         from saferlhf.data.toyworld import statistics
 
-        agreement = statistics(rows, annotators).get(f"agreement/{'safer' if kind == 'cost' else preference}")
-    metrics = evaluate_preference(rows, scores, agreement=agreement, **options)
+        known = statistics(rows, annotators).get(f"agreement/{label}")
+    metrics = evaluate_preference(rows, scores, agreement=known, **options)
     return metrics | evaluate_against_truth(rows, scores, **options) if toyworld else metrics
 
 

@@ -15,9 +15,10 @@ from saferlhf.config.evaluate_schema import EvaluateConfig, ProtocolConfig
 from saferlhf.config.identity import identity_tree
 from saferlhf.config.schema import DataConfig
 from saferlhf.data.build import Splits, build_data, data_fingerprint
-from saferlhf.data.rows import Row
+from saferlhf.data.rows import QuestionAnswer, Row
 from saferlhf.data.splits import prompt_key, take
 from saferlhf.errors import UserError
+from saferlhf.evaluation.baselines import AnswerBaselines
 from saferlhf.evaluation.policy_config import asked_judges
 from saferlhf.run.judged_model import POLICY, JudgedModel, fits, kinds_of, refuse_unfit
 from saferlhf.run.screen import say
@@ -42,6 +43,7 @@ class TrainingRows:
     def __init__(self, config: EvaluateConfig) -> None:
         self._config = config
         self._known: dict[type[Any], list[Any]] = {}
+        self._baselines: dict[bool, tuple[Sequence[QuestionAnswer], AnswerBaselines]] = {}
 
     @property
     def name(self) -> str:
@@ -61,6 +63,13 @@ class TrainingRows:
                 say(f"no baselines and no check for known prompts: {error}")
                 self._known[kind] = []
         return self._known[kind]
+
+    def baselines(self, rows: Sequence[QuestionAnswer], *, prompt_only: bool) -> AnswerBaselines:
+        """Baselines that learn from these rows; those of the rows that were given last time are kept."""
+        last = self._baselines.get(prompt_only)
+        if last is None or list(last[0]) != list(rows):
+            self._baselines[prompt_only] = (rows, AnswerBaselines(rows, prompt_only=prompt_only))
+        return self._baselines[prompt_only][1]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from saferlhf.errors import UserError
 from saferlhf.evaluation.moderation import category_slugs
 from saferlhf.evaluation.moderation_plots import LEVELS
 from saferlhf.evaluation.plots import Histogram
+from saferlhf.evaluation.processes import Processes
 from saferlhf.evaluation.report import write_report
 from saferlhf.evaluation.table import format_number
 from saferlhf.ops.moderation import Verdicts
@@ -63,7 +64,7 @@ def moderate(config: EvaluateConfig, model: JudgedModel, folder: RunFolder) -> d
     if unreadable:
         say(f"{unreadable:,} records are no rows and are left out")
     part = folder.path / PART
-    done = _done(part, rows)
+    done = Processes.current().each(lambda: _done(part, rows))[0]  # the first has the file
     judge = RowJudge(model, config)
     size = config.trainer.eval_batch_size * BATCHES_PER_PART
     again = f", {done:,} of them done before" if done else ""

@@ -24,6 +24,7 @@ from saferlhf.data.rows import QuestionAnswer
 from saferlhf.errors import UserError
 from saferlhf.evaluation.features import row_features
 from saferlhf.evaluation.moderate import moderate_rows
+from saferlhf.evaluation.processes import Processes
 from saferlhf.evaluation.score import evaluating, score_rows
 from saferlhf.models.adapters import has_active_adapter
 from saferlhf.models.layers import layer_count
@@ -66,6 +67,7 @@ class RowJudge:
         self._autocast = config.trainer.precision != "32-true"
         self._policy = config.data.policy
         self._cache_dir, self._kept_layers = config.cache_dir, config.kept_layers
+        self._processes = Processes.current()
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -95,16 +97,20 @@ class RowJudge:
         if self._kind == "moderator":
             if kept and _reads_frozen_states(self._model):
                 return self._of_features(data, progress)
-            return moderate_rows(
-                self._model, data, batch_size=self._batch_size, autocast=self._autocast, progress=progress
-            )
-        costs = score_rows(self._model, data, batch_size=self._batch_size, autocast=self._autocast)
+            progress = _of_all(progress, self._processes, len(data))
+            return moderate_rows(self._model, data, progress=progress, **self._pass)
+        costs = score_rows(self._model, data, **self._pass)
         if progress is not None:
             progress(len(data))
         return ModerationLogits(np.asarray(costs, np.float64), None, None)
 
+    @property
+    def _pass(self) -> dict[str, Any]:
+        """How rows go through the model."""
+        return {"batch_size": self._batch_size, "autocast": self._autocast, "processes": self._processes}
+
     def _of_features(self, data: EncodedAnswers, progress: Callable[[int], None] | None) -> ModerationLogits:
-        model = self._model
+        model, processes = self._model, self._processes
         layers = model.layers if self._kept_layers == "own" else range(layer_count(model.trunk) + 1)
         features = row_features(
             model,
@@ -113,8 +119,9 @@ class RowJudge:
             pooling=model.pooling,
             autocast=self._autocast,
             cache_dir=self._cache_dir,
-            progress=lambda so_far: progress and progress(len(data) - so_far.total_rows + so_far.rows),
+            progress=lambda f: progress and progress(max(0, len(data) - processes.size * (f.total_rows - f.rows))),
             say=say,
+            processes=processes,
         )
         rows = torch.from_numpy(features.matrix(model.layers, model.span))
         device = next(model.heads.parameters()).device
@@ -173,6 +180,7 @@ class OutsideJudge:
         self._judge, self._scorer = model.judge, model.load(config)
         self._output = next((name for name in VERDICTS if name in self._scorer.outputs), "")
         self._first: tuple[str, str] | None = None  # (row, reason) of the first without a verdict
+        self._processes = Processes.current()
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -196,12 +204,20 @@ class OutsideJudge:
         Raises:
             UserError: too many rows have none (`judge.max_failed_share`).
         """
-        found = np.full(len(data), np.nan)
-        for start in range(0, len(data), _ASKED):
-            some = data.rows[start : start + _ASKED]
-            found[start : start + len(some)] = self._ask([ScoreRequest(r.id, r.prompt, r.response) for r in some])
-            if progress is not None:
-                progress(start + len(some))
+        progress = _of_all(progress, self._processes, len(data))
+
+        def mine() -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
+            numbers = np.array(self._processes.mine(range(len(data))), np.int64)
+            said = [np.zeros(0)]
+            for start in range(0, len(numbers), _ASKED):
+                some = [data.rows[i] for i in numbers[start : start + _ASKED]]
+                said.append(self._ask([ScoreRequest(row.id, row.prompt, row.response) for row in some]))
+                if progress is not None:
+                    progress(start + len(some))
+            return numbers, {"unsafe": np.concatenate(said)}
+
+        found = self._processes.united(len(data), mine)["unsafe"]
+        self._first = next(filter(None, self._processes.each(lambda: self._first)), None)
         missing = int(np.isnan(found).sum())
         if missing == len(data) or missing > self._judge.max_failed_share * len(data):
             row, reason = self._first or ("", "")
@@ -238,6 +254,13 @@ class OutsideJudge:
     def parsed(self, logits: ModerationLogits) -> Bools:
         """(N,) True where there is a verdict."""
         return ~np.isnan(logits.unsafe)
+
+
+def _of_all(progress: Callable[[int], None] | None, processes: Processes, total: int) -> Callable[[int], None] | None:
+    """From rows of this process to rows of all, as if the others were as far."""
+    if progress is None or processes.size == 1:
+        return progress
+    return lambda done: progress(min(total, done * processes.size))
 
 
 def judge_of(model: JudgedModel, config: EvaluateConfig) -> RowJudge | OutsideJudge:

@@ -15,8 +15,19 @@ if TYPE_CHECKING:
     from saferlhf.data.report_tables import ReportTable
 
 
+_silent = False
+
+
+def silence() -> None:
+    """Of several processes one speaks: this one no more."""
+    global _silent
+    _silent = True
+
+
 def say(text: str) -> None:
     """One line of progress."""
+    if _silent:
+        return
     print(text, file=sys.stderr, flush=True)
 
 

@@ -49,7 +49,7 @@ def build_trainer(
     plugins: list[Any],
 ) -> L.Trainer:
     """A trainer that does what the config says and nothing by itself."""
-    _quiet()
+    quiet_lightning()
     return L.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
@@ -69,10 +69,11 @@ def build_trainer(
     )
 
 
-def _quiet() -> None:
+def quiet_lightning() -> None:
     """Lightning's hints about devices and workers tell a user nothing here."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for of in (name, f"{name}.utilities.rank_zero"):
+            logging.getLogger(of).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     # frozen roles are meant to be
