@@ -1,13 +1,14 @@
-"""Intervals and tests keep their promise: 500 simulated test sets of known truth, measured as `metrics.json` is.
+"""Intervals and tests keep their promise: 2,000 simulated test sets of known truth, measured as `metrics.json` is.
 
 World: K prompts with 1 to 4 rows each. A row has a severity 0..3 (unsafe = above 0) and a score that is normal around
 a mean by severity. Rows of one prompt share their severity with probability `SHARED`, and `LIKE` of the score's
 variance is the prompt's. So the rows are far from independent, while one row by itself follows a plain mixture of
 normals, from which the true value of every metric is found by integration (`truth_of`), not by simulation.
 
-What is asked, and the noise of 500 repetitions (one standard deviation of a share of .95 or .05 is .0097):
+What is asked; one standard deviation of a share of .95 or .05 is .0049 in 2,000 repetitions and .0097 in 500:
 
-- 95% intervals hold the truth in 95% of the test sets, with prompts resampled; with rows resampled in visibly fewer;
+- 95% intervals hold the truth in 95% +- 2% of the test sets, with prompts resampled; with rows resampled in visibly
+  fewer;
 - two equally good systems are called different in 5%, a true difference of the size `minimum_detectable` is found in
   80%, by the interval and by the permutation test; Holm's adjustment keeps any false alarm among many at 5%.
 """
@@ -36,11 +37,13 @@ from saferlhf.ops.significance import holm, minimum_detectable, sign_flip_p
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-REPETITIONS = 500
+REPETITIONS = 2000
+SOME = 500  # where less must be told apart
 DRAWS = 1000
 PROMPTS = 200
 FIRST = 10_000  # seed of the first test set
 OTHER = 1_000_000  # added to the seed of the draws: the stream that made the world must not draw from it
+WITHIN = 0.02
 NOISE = 0.029  # three standard deviations of a share of 0.95 in 500 repetitions: one check in 370 fails by chance
 
 LEVELS = np.array([0.5, 0.1, 0.3, 0.1])  # share of each severity
@@ -227,7 +230,7 @@ def of_single_answers() -> dict[str, dict[str, float]]:
     truth = truth_of(GOOD)
     return {
         "prompts": coverage(measured, truth),
-        "rows": coverage(lambda seed: measured(seed, clustered=False), truth, REPETITIONS // 5),
+        "rows": coverage(lambda seed: measured(seed, clustered=False), truth, SOME),
     }
 
 
@@ -240,7 +243,7 @@ METRICS = sorted(truth_of(GOOD).keys() - set(FEW))
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 def test_intervals_hold_the_truth_as_often_as_they_say(name: str) -> None:
-    assert of_single_answers()["prompts"][name] == pytest.approx(0.95, abs=NOISE)
+    assert of_single_answers()["prompts"][name] == pytest.approx(0.95, abs=WITHIN)
 
 
 @pytest.mark.slow
@@ -254,8 +257,8 @@ def test_rows_as_if_independent_hold_it_less_often(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_what_few_prompts_decide_has_too_narrow_an_interval(name: str) -> None:
-    """Known, and why `docs/metrics.md` warns of few prompts: about nine in ten instead of nineteen in twenty."""
-    assert 0.87 < of_single_answers()["prompts"][name] < 0.94
+    """Known, and why `docs/metrics.md` warns of few prompts: 91% and 92% instead of 95%."""
+    assert 0.89 < of_single_answers()["prompts"][name] < 0.94
 
 
 def of_sheet(seed: int, clustered: bool = True) -> dict[str, float]:
@@ -287,8 +290,8 @@ def test_plain_means_hold_the_truth_as_often_as_they_say() -> None:
         "part": float((weight * (0.9 - hard)) @ (3.0 - hard) / (weight @ (0.9 - hard))),
         "ratio": float(weight @ (3.0 - hard) / (weight @ (3.0 + hard))),
     }
-    found = coverage(of_sheet, truth)
-    naive = coverage(lambda seed: of_sheet(seed, clustered=False), truth)
+    found = coverage(of_sheet, truth, SOME)
+    naive = coverage(lambda seed: of_sheet(seed, clustered=False), truth, SOME)
     for name in truth:
         assert found[name] == pytest.approx(0.95, abs=NOISE), name
         assert naive[name] < found[name] - 0.04, name
@@ -353,12 +356,12 @@ def coverage_of_pairs() -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", truth_of_pairs())
 def test_intervals_of_pairs_hold_the_truth_as_often_as_they_say(name: str) -> None:
-    assert coverage_of_pairs()[name] == pytest.approx(0.95, abs=NOISE)
+    assert coverage_of_pairs()[name] == pytest.approx(0.95, abs=WITHIN)
 
 
 # ------------------------------------------------------------------------------------------------ differences
 class Paired(NamedTuple):
-    """Of 500 comparisons of two systems.
+    """Of 2,000 comparisons of two systems.
 
     Attributes:
         held: metric -> share of intervals that hold the true difference.
@@ -433,13 +436,13 @@ COMPARED = (
 @pytest.mark.parametrize("name", COMPARED)
 def test_intervals_of_differences_hold_the_truth_as_often_as_they_say(name: str) -> None:
     assert planted().held.keys() == set(COMPARED)
-    assert planted().held[name] == pytest.approx(0.95, abs=NOISE)
+    assert planted().held[name] == pytest.approx(0.95, abs=WITHIN)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARED)
 def test_equals_are_rarely_called_different(name: str) -> None:
-    assert null().apart[name] == pytest.approx(0.05, abs=NOISE)
+    assert null().apart[name] == pytest.approx(0.05, abs=WITHIN)
 
 
 @pytest.mark.slow
@@ -457,7 +460,7 @@ MANY = 800
 def test_a_difference_is_found_as_often_as_planned() -> None:
     """Accuracy alone, so that repetitions are cheap; the noise is three standard deviations of a share of 0.8."""
     by_interval, by_test = 0, 0
-    for seed in range(FIRST, FIRST + REPETITIONS):
+    for seed in range(FIRST, FIRST + SOME):
         rows = world(seed, MANY, systems=2)
         unsafe = rows.severity > 0
         one, two = (
@@ -468,9 +471,9 @@ def test_a_difference_is_found_as_often_as_planned() -> None:
         sheet.mean("gain", one - two)
         by_interval += sheet.metrics()["/gain_low"] > 0
         by_test += sign_flip_p(one - two, sheet.clusters, draws=DRAWS, seed=OTHER + seed) <= 0.05
-    noise = 3 * np.sqrt(0.8 * 0.2 / REPETITIONS)
-    assert by_interval / REPETITIONS == pytest.approx(0.8, abs=noise)
-    assert by_test / REPETITIONS == pytest.approx(0.8, abs=noise)
+    noise = 3 * np.sqrt(0.8 * 0.2 / SOME)
+    assert by_interval / SOME == pytest.approx(0.8, abs=noise)
+    assert by_test / SOME == pytest.approx(0.8, abs=noise)
 
 
 # ------------------------------------------------------------------------------------------------ many questions
@@ -485,10 +488,10 @@ def several(seed: int, gains: Floats) -> list[float]:
 
 def test_holm_keeps_any_false_alarm_rare() -> None:
     """Eight equals, then six equals and two that are better: of the equals none may be called different."""
-    noise = 2 * np.sqrt(0.05 * 0.95 / REPETITIONS)
+    noise = 2 * np.sqrt(0.05 * 0.95 / SOME)
     for real in (0, 2):
         gains = np.concatenate([np.full(real, 0.8), np.zeros(8 - real)])
-        p = np.array([several(seed, gains) for seed in range(REPETITIONS)])  # (repetitions, 8)
+        p = np.array([several(seed, gains) for seed in range(SOME)])  # (repetitions, 8)
         adjusted = np.array([holm(row) for row in p])
         alone, kept = ((table[:, real:] <= 0.05).any(axis=1).mean() for table in (p, adjusted))
         assert kept <= 0.05 + noise
