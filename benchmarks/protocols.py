@@ -8,7 +8,8 @@
 runs below the output root, and the command that measures one. Nothing on the page is typed: values, intervals,
 baselines, files and hashes come from `protocols.json` of the evaluations, published numbers and label rules from
 conf/protocol by way of the same file. With several seeds a value is their mean, followed by the lowest and the highest;
-the interval is that of the first.
+the interval is that of the first. How far a model falls from the data it was trained on is a table and a picture of the
+first seed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from saferlhf.evaluation.drift import Drift
+from saferlhf.evaluation.drift_report import drift_markdown, drift_png
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -120,6 +124,8 @@ def page(models: Sequence[tuple[Measured, Sequence[Mapping[str, Any]]]]) -> str:
     for model, runs in models:
         seeds = ", ".join(str(seed) for seed in model.seeds[: len(runs)])
         lines += [f"- **{model.heading}**: {model.about} Seeds {seeds}: `{model.train}`, then `{model.evaluate}`"]
+    for model, runs in models:
+        lines += _drift_section(model, runs)
     for name in names:
         lines += ["", *_section(name, models)]
     left_out = {name: reason for _, runs in models for run in runs for name, reason in run["left_out"]}
@@ -173,6 +179,28 @@ def _section(name: str, models: Sequence[tuple[Measured, Sequence[Mapping[str, A
         source = f"{by}, {peer['source']} ({peer['mark']}){note}"
         lines.append(_row([peer["model"], metric, _number(peer["value"]), *("" for _ in shown), source]))
     return lines
+
+
+def _drift(runs: Sequence[Mapping[str, Any]]) -> Drift | None:
+    """Of the first seed; None where it has no two protocols, or was measured before there was such a table."""
+    found = Drift.read(runs[0].get("drift"))
+    return found if found is not None and found.shown else None
+
+
+def _picture(model: Measured) -> str:
+    """Of its drift, beside the page."""
+    return f"images/drift-{re.sub('[^a-z0-9]+', '-', model.heading.lower()).strip('-')}.png"
+
+
+def _drift_section(model: Measured, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One model over all protocols and languages, with the drop from in-domain."""
+    drift = _drift(runs)
+    if drift is None:
+        return []
+    picture = f"![{model.heading}: AUROC by protocol, accuracy by language]({_picture(model)})"
+    of = f" Seed {model.seeds[0]}." if len(runs) > 1 else ""
+    lead, *table = drift_markdown(drift)
+    return ["", f"## Drift of {model.heading}", "", f"{lead}{of}", "", picture, *table]
 
 
 def _results(name: str, runs: Sequence[Mapping[str, Any]]) -> list[Result]:
@@ -247,6 +275,10 @@ def write(models: Sequence[Measured], outputs: Path, target: Path = PAGE) -> boo
     if not found:
         return False
     target.write_text(page(found))
+    for model, there in found:
+        drift = _drift(there)
+        if drift is not None:
+            drift_png(target.parent / _picture(model), drift)
     print(f"written: {target.name}")
     return complete
 

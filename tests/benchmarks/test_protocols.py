@@ -107,6 +107,42 @@ def test_the_page_says_what_the_evaluations_found(protocols: ModuleType, tmp_pat
     assert "`test.json` (sha256 `aaaaaaaaaaaaaaaa`)" in text
 
 
+def a_drift(value: float) -> dict[str, Any]:
+    lines = []
+    for name, domain, auroc in (("a_test", "in-domain", 0.9), ("another", "other data", value)):
+        values = {"auroc": {"value": auroc, "low": auroc - 0.03, "high": auroc + 0.03}}
+        drops = {} if domain == "in-domain" else {"auroc": {"value": 0.9 - auroc, "low": 0.1, "high": 0.3}}
+        line = {"protocol": name, "language": "", "domain": domain, "rows": 12, "values": values, "drops": drops}
+        lines.append(line | {"note": ""})
+    return {"trained_on": "gardens", "home": "a_test", "remark": "", "confidence": 0.95, "lines": lines}
+
+
+def test_the_drift_of_the_first_seed_is_a_section_with_a_picture(protocols: ModuleType, tmp_path: Path) -> None:
+    for heading, drifts in (("A (new) probe", (a_drift(0.7), a_drift(0.8))), ("older", (None, None))):
+        for seed, drift in enumerate(drifts):
+            run = tmp_path / heading / f"r{seed}"
+            a_folder(run, {"seed": seed})
+            content = {"results": [a_result(0.5)], "left_out": []} | ({} if drift is None else {"drift": drift})
+            a_folder(tmp_path / "protocols" / f"{heading}{seed}", {"model": str(run)}, content)
+    models = [a_model(protocols, heading=heading, run=heading) for heading in ("A (new) probe", "older")]
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    assert protocols.write(models, tmp_path, page)
+    text = page.read_text()
+    assert text.count("## Drift of ") == 1
+    section = text.partition("## Drift of A (new) probe\n")[2].partition("\n## ")[0]
+    assert "trained on gardens" in section and section.split("\n")[1].endswith(" Seed 0.")
+    assert (
+        "| **a_test**<br><small>in-domain</small> | 12 |  | 0.900<br><small>0.870..<wbr>0.930</small> |  |" in section
+    )
+    cells = section.partition("| another<br>")[2].partition("\n")[0].split(" | ")
+    assert cells[:3] == ["<small>other data</small>", "12", ""]
+    assert cells[3:5] == ["0.700<br><small>0.670..<wbr>0.730</small>", "0.200<br><small>0.100..<wbr>0.300</small>"]
+    assert "](images/drift-a-new-probe.png)" in section
+    assert (page.parent / "images" / "drift-a-new-probe.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(list((page.parent / "images").iterdir())) == 1
+
+
 def test_what_is_missing_is_said(protocols: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_folder(tmp_path / "runs" / "r0", {"seed": 0})
     a_folder(tmp_path / "runs" / "r1", {"seed": 1}, status="running")

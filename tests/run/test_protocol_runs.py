@@ -120,6 +120,12 @@ def test_the_suite_measures_what_is_here(tmp_outputs: Path, data_root: Path, mod
     assert "no folder" in left_out["openai_moderation"] and "openai_moderation" in answer.out
     assert left_out["safe_rlhf_83"] == "for language models"
     assert len(content["results"]) + len(left_out) == 14
+    drift = content["drift"]
+    assert {line["protocol"]: line["domain"] for line in drift["lines"]} == dict.fromkeys(
+        ("xstest_prompts", "hatecheck"), "off-protocol"
+    )
+    assert drift["home"] is None and drift["remark"] in answer.out
+    assert "<h2>Drift</h2>" in (only(tmp_outputs) / "report.html").read_text()
     found = read(only(tmp_outputs), "metrics.json")
     assert {name.split("/")[0] for name in found} == {"xstest_prompts", "hatecheck"}
 

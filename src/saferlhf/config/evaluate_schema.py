@@ -49,6 +49,8 @@ class ProtocolConfig:
     preference: Optional[str] = None
     # policies: all prompts ask for harm, or none does; null: by their labels
     harmful: Optional[bool] = None
+    # names of data sets whose models are in-domain here
+    at_home: list[str] = field(default_factory=list)
     peers: list[PeerConfig] = field(default_factory=list)
     note: Optional[str] = None  # what a reader of its numbers must know
 

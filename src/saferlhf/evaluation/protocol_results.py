@@ -61,6 +61,7 @@ def protocol_result(
         "metric": metric,
         "rows": rows,
         "published_rows": protocol.published_rows,
+        "at_home": list(protocol.at_home),
         "values": values,
         "seen_prompt_rate": metrics.get(f"{protocol.name}/seen_prompt_rate"),
         "unseen": _value(metrics, f"{protocol.name}/unseen", metric),

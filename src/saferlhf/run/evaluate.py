@@ -20,6 +20,8 @@ from saferlhf.config.run_folder import FINISHED, RunFolder
 from saferlhf.data.build import data_fingerprint
 from saferlhf.data.checks import check_policy
 from saferlhf.errors import UserError
+from saferlhf.evaluation.drift import drift_of
+from saferlhf.evaluation.drift_report import drift_html
 from saferlhf.evaluation.policy_config import check_policy_keys, policy_identity
 from saferlhf.evaluation.processes import Processes
 from saferlhf.evaluation.protocol_results import FILE as PROTOCOLS
@@ -151,9 +153,13 @@ def _score(
         say(f"{name} is left out: {reason}")
     metrics = {name: value for _, measured in found for name, value in measured.metrics.items()}
     results = _results(metrics, found, model)
+    sections: list[str] = []
     if results or reasons:
-        write_json(folder.path / PROTOCOLS, {"results": results, "left_out": [list(reason) for reason in reasons]})
-    _report(config, model, folder, metrics, found, protocols_html(results, reasons) if results or reasons else "")
+        drift = drift_of(results, metrics, model.metadata.extra.get("data"), confidence=config.evaluation.confidence)
+        kept = {"results": results, "left_out": [list(reason) for reason in reasons]}
+        write_json(folder.path / PROTOCOLS, kept | {"drift": drift and drift.plain()})
+        sections = [protocols_html(results, reasons), drift_html(drift) if drift and drift.shown else ""]
+    _report(config, model, folder, metrics, found, sections)
     write_json(folder.metrics, metrics)
     return metrics
 
@@ -199,7 +205,7 @@ def _report(
     folder: RunFolder,
     metrics: Mapping[str, float],
     found: Sequence[tuple[Measurement, Measured]],
-    protocols: str,
+    protocols: Sequence[str],
 ) -> None:
     from saferlhf.evaluation.report import write_report
 
@@ -218,7 +224,7 @@ def _report(
         metrics=metrics,
         config=asdict(config),
         data_report=found[0][1].data_report if len(found) == 1 or not protocols else None,
-        sections=[protocols],
+        sections=protocols,
         histograms=[
             (asked.name, drawing) if asked.protocol is not None else drawing
             for asked, measured in found
@@ -298,7 +304,7 @@ def _show(config: EvaluateConfig, folder: RunFolder, metrics: dict[str, float]) 
     elif any(name.startswith(f"{POLICY}/") for name in metrics):
         _show_policy(folder, metrics)
     elif kept.get("results"):
-        say_protocols(folder, kept["results"], kept["left_out"])
+        say_protocols(folder, kept["results"], kept["left_out"], kept.get("drift"))
     else:
         say_evaluation(folder, metrics, config.evaluation.confidence)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -11,11 +12,18 @@ from typing import Any
 import yaml
 
 from saferlhf.config.evaluate_schema import EvaluateConfig
-from saferlhf.config.files import write_text
+from saferlhf.config.files import read_json, write_text
 from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
+from saferlhf.evaluation.protocol_results import FILE as PROTOCOLS
 
 ARTIFACTS = ("config.yaml", "metrics.json", "protocols.json", "comparison.json", "comparison.md", "data_report.json")
 """Files that the tracker is given, besides the report and the pictures; responses stay on this machine."""
+
+
+_BREAKDOWN = re.compile(
+    r"/baseline_|/by_|/unseen/|/category/(?:f1|precision|recall|support)_|_n$"
+    r"|arena/.*_over_.*_(?:tie_rate(?:_low|_high)?|p|p_holm)$"
+)
 
 
 def in_folder(
@@ -70,8 +78,27 @@ def _start_tracking(config: EvaluateConfig, folder: RunFolder, tags: Mapping[str
     return tracker
 
 
+def tracked_metrics(metrics: Mapping[str, float], protocols: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """What the tracker is given of thousands of metrics: MLflow draws a chart of each, side by side for all runs.
+
+    Left out are break-downs, which stay in `metrics.json` and the report: baselines, groups, harm categories one by
+    one, rows of unseen prompts, tests of pairs of policies, and counts. Added is the headline of every protocol as
+    `all_protocols/<protocol>`, which MLflow shows first.
+
+    Args:
+        metrics: all.
+        protocols: content of `protocols.json`; None: nothing was measured by protocol.
+    """
+    kept = {name: value for name, value in metrics.items() if not _BREAKDOWN.search(name)}
+    for result in (protocols or {}).get("results", ()):
+        headline = result["values"].get(result["metric"])
+        if headline is not None:
+            kept[f"all_protocols/{result['protocol']}"] = headline["value"]
+    return kept
+
+
 def _track(tracker: Any, folder: RunFolder, metrics: Mapping[str, float]) -> None:
-    tracker.log_metrics(metrics, step=0)
+    tracker.log_metrics(tracked_metrics(metrics, read_json(folder.path / PROTOCOLS)), step=0)
     pictures = sorted(path.name for path in folder.path.glob("*.png"))
     for name in (*ARTIFACTS, "report.html", *pictures):
         if (folder.path / name).is_file():

@@ -117,14 +117,25 @@ def say_evaluation(folder: RunFolder, metrics: Mapping[str, float], confidence: 
     print(f"metrics: {folder.metrics}")
 
 
-def say_protocols(folder: RunFolder, results: Sequence[Mapping[str, Any]], left_out: Sequence[Sequence[str]]) -> None:
-    """A line for each protocol, and where the rest is."""
+def say_protocols(
+    folder: RunFolder,
+    results: Sequence[Mapping[str, Any]],
+    left_out: Sequence[Sequence[str]],
+    drift: Mapping[str, Any] | None = None,
+) -> None:
+    """A line for each protocol, how far they are from in-domain, and where the rest is."""
     from rich.console import Console
 
+    from saferlhf.evaluation.drift import Drift
+    from saferlhf.evaluation.drift_report import drift_table
     from saferlhf.evaluation.protocol_results import protocols_table
 
     width = output_width()
-    Console(width=None if width is None else max(width, 150)).print(protocols_table(results, left_out))
+    console = Console(width=None if width is None else max(width, 150))
+    console.print(protocols_table(results, left_out))
+    found = Drift.read(drift)
+    if found is not None and found.shown:
+        console.print(drift_table(found))
     print(f"report:  {folder.path / 'report.html'}")
     print(f"metrics: {folder.metrics}")
 
