@@ -95,7 +95,6 @@ def test_trouble_is_one_line_and_no_process_is_left_waiting(models: dict[str, Pa
 
 
 def test_a_stream_has_one_process(models: dict[str, Path], tmp_path: Path) -> None:
-    words = ["mode=moderate", f"model={models['moderator']}", "input=-", f"output_root={tmp_path}", "trainer.devices=2"]
-    answer = pairs.evaluate(tmp_path, *words)
+    answer = pairs.evaluate(tmp_path, "mode=moderate", f"model={models['moderator']}", "input=-", "trainer.devices=2")
     assert answer.code == 2
     assert answer.error == "a stream is judged by one process (in trainer.devices=2); use 1"
