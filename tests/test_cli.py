@@ -173,27 +173,25 @@ def test_the_name_is_the_prefix_of_a_pipelines_runs(words: list[str], prefix: st
 
 
 # ------------------------------------------------------------------------------------------------ sweeps
-def test_a_sweep_is_a_run_for_each(stubbed: list[LocatedRun], tmp_outputs: Path) -> None:
-    answer = call("train", R, "-m", "seed=0,1", *FAST, f"output_root={tmp_outputs}")
+# what a sweep does is in tests/sweep
+def test_a_sweep_is_ours(tmp_outputs: Path) -> None:
+    seen: list[Any] = []
+    with mock.patch("saferlhf.sweep.runner.run_sweep", seen.append):
+        answer = call("train", R, "-m", "seed=0,1", *FAST, "sweep.workers=3", f"output_root={tmp_outputs}")
+    assert (answer.code, answer.err) == (0, "")
+    (sweep,) = seen
+    assert [(d.name, d.values) for d in sweep.space.dimensions] == [("seed", ("0", "1"))]
+    assert sweep.space.fixed == (R, *FAST, f"output_root={tmp_outputs}")
+    assert (sweep.config.name, sweep.config.workers, sweep.first.task.name) == ("grid", 3, "reward")
+    assert sweep.folder.path.parent == tmp_outputs / "sweeps"
+    assert not set("=,") & set(sweep.folder.path.name)
+    assert not list(tmp_outputs.iterdir()), "Hydra leaves nothing of its own"
+
+
+def test_hydras_own_sweepers_are_left_to_it(stubbed: list[LocatedRun], tmp_outputs: Path) -> None:
+    answer = call("train", R, "-m", "seed=0,1", "hydra/sweeper=basic", *FAST, f"output_root={tmp_outputs}")
     assert answer.code == 0, answer.err
-    assert answer.err == ""
     assert [run.config.seed for run in stubbed] == [0, 1]
-    folders = [run.folder.path for run in stubbed]
-    assert len(set(folders)) == 2
-    assert all(not set("=,") & set(str(folder.relative_to(tmp_outputs))) for folder in folders)
-    # Hydra keeps what was swept, in a folder of its own
-    left = [path.relative_to(tmp_outputs) for path in tmp_outputs.rglob("*") if path.is_file()]
-    assert [path.parts[0] for path in left] == ["sweeps"]
-    assert left[0].name == "multirun.yaml"
-    assert not set("=,") & set(str(left[0]))
-
-
-def test_a_mistake_in_one_run_of_a_sweep(stubbed: list[LocatedRun], tmp_outputs: Path) -> None:
-    answer = call("train", "-m", R, "seed=-1,1", f"output_root={tmp_outputs}")
-    assert answer.code == 2
-    root = f"output_root={tmp_outputs}"
-    assert answer.error.startswith(f"run 0 of the sweep (task=reward, seed=-1, {root}): -1 is no seed (in seed)")
-    assert [run.config.seed for run in stubbed] == [1], "the other is run"
 
 
 def test_a_sweep_with_a_choice_that_is_not_there_starts_nothing(stubbed: list[LocatedRun], tmp_outputs: Path) -> None:
@@ -204,16 +202,9 @@ def test_a_sweep_with_a_choice_that_is_not_there_starts_nothing(stubbed: list[Lo
 
 
 def test_an_interrupt_ends_a_sweep(tmp_outputs: Path) -> None:
-    count = 0
-
-    def train(_: Any) -> None:
-        nonlocal count
-        count += 1
-        raise Interrupted("stopped after step 3")
-
-    with mock.patch("saferlhf.run.train.train", train):
+    with mock.patch("saferlhf.sweep.runner.run_sweep", side_effect=KeyboardInterrupt):
         answer = call("train", "-m", R, "seed=0,1", f"output_root={tmp_outputs}")
-    assert (answer.code, answer.err.strip(), count) == (130, "stopped after step 3", 1)
+    assert (answer.code, answer.err.strip()) == (130, "interrupted: the same command goes on")
 
 
 def test_a_sweep_of_pipelines_is_a_pipeline_for_each(tmp_outputs: Path) -> None:
@@ -223,6 +214,8 @@ def test_a_sweep_of_pipelines_is_a_pipeline_for_each(tmp_outputs: Path) -> None:
         answer = call("train", "-m", "seed=0,1", *words)
     assert answer.code == 0, answer.err
     assert [[run.seed for run in stages.configs.values()] for stages in seen] == [[0] * 3, [1] * 3]
+    answer = call("train", "-m", "seed=0,1", *words, "sweep.workers=2")
+    assert answer.error.startswith("pipelines are swept one after the other (in sweep.workers=2)")
 
 
 # ------------------------------------------------------------------------------------------------ help

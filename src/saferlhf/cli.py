@@ -1,7 +1,8 @@
 """The command line: Hydra composes, the runner runs, every error of the user's is one line and exit code 2.
 
 Exit codes: 0 done or finished before; 1 our fault (a traceback); 2 the input is wrong (one line); 130 interrupted. A
-pipeline ends with the code of the stage that failed, a sweep with that of its first run that failed.
+pipeline ends with the code of the stage that failed, a sweep with that of its first run that failed. `train.py -m` is
+ours (`sweep/command.py`), `evaluate.py -m` is Hydra's.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -31,7 +33,12 @@ from saferlhf.config.paths import conf_dir
 from saferlhf.config.schema import TrainConfig
 from saferlhf.config.validate import evaluate_config, pipeline_config, train_config
 from saferlhf.errors import UserError
+from saferlhf.pipeline.launcher import follow_launcher
 from saferlhf.tracking.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from saferlhf.sweep.command import SweepWords
+    from saferlhf.sweep.elsewhere import Elsewhere
 
 DEFAULT_PIPELINE = "quickstart"
 ENVIRONMENT_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -52,6 +59,9 @@ def evaluate() -> None:
 
 # ------------------------------------------------------------------------------------------------ bodies
 def _train(composed: DictConfig) -> Any:
+    for word in HydraConfig.get().overrides.task:
+        if key_of(word).partition(".")[0] == "sweep":
+            raise UserError(f"'{word}' belongs to a sweep", "the command line", "add -m, or leave it out")
     task, pipeline = composed.get("task"), composed.get("pipeline")
     if task is not None and pipeline is not None:
         raise UserError(
@@ -69,15 +79,6 @@ def _run_pipeline(composed: DictConfig) -> Any:
 
     from saferlhf.pipeline.runner import run_pipeline
     from saferlhf.pipeline.stages import Stages
-    from saferlhf.run.prepare import checked
-
-    def compose_run(overrides: Sequence[str]) -> TrainConfig:
-        try:
-            return checked(train_config(compose("train", list(overrides))))
-        except Exception as error:
-            if not is_trouble(error):
-                raise
-            raise as_user_error(error, overrides=overrides) from error
 
     typed = list(HydraConfig.get().overrides.task)
     if "name" not in (composed.get("pipeline") or {}):  # none is named, though keys of it may be
@@ -85,12 +86,37 @@ def _run_pipeline(composed: DictConfig) -> Any:
     config = pipeline_config(composed.pipeline)
     mine = [o for o in typed if key_of(o) not in ("pipeline", "name") and not key_of(o).startswith("pipeline.")]
     prefix = str(composed.get("name") or config.name)
-    stages = Stages(config, compose=compose_run, overrides=mine, prefix=prefix)
+    stages = Stages(config, compose=_compose_run, overrides=mine, prefix=prefix)
     if stages.configs[stages.asked[0].name].plan.only:
         from saferlhf.pipeline.plan import plan_pipeline
 
         return plan_pipeline(stages)
     return run_pipeline(stages, flags=folder_flags(sys.argv[1:]))
+
+
+def _compose_tree(overrides: Sequence[str]) -> DictConfig:
+    """What Hydra composes of these overrides, its complaints as ours; inside a command alone."""
+    from hydra import compose
+
+    try:
+        return compose("train", list(overrides))
+    except Exception as error:
+        if not is_trouble(error):
+            raise
+        raise as_user_error(error, overrides=overrides) from error
+
+
+def _compose_run(overrides: Sequence[str]) -> TrainConfig:
+    """The checked config of one run."""
+    from saferlhf.run.prepare import checked
+
+    tree = _compose_tree(overrides)
+    try:
+        return checked(train_config(tree))
+    except Exception as error:  # an interpolation that leads nowhere shows only now
+        if not is_trouble(error):
+            raise
+        raise as_user_error(error, overrides=overrides) from error
 
 
 def _evaluate(composed: DictConfig) -> Any:
@@ -101,6 +127,7 @@ def _evaluate(composed: DictConfig) -> Any:
 
 # ------------------------------------------------------------------------------------------------ Hydra
 def _main(command: str, body: Body) -> None:
+    follow_launcher()
     prepare_environment()
     # threads that wait must not spin: on a busy machine that made steps of a small model 10 times slower (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -121,6 +148,64 @@ def _main(command: str, body: Body) -> None:
 
 
 def _compose_and_run(command: str, body: Body) -> int:
+    """Exit code of what the command line asks for."""
+    if command == "train" and {"-m", "--multirun"}.intersection(sys.argv) and not _wants_help():
+        from saferlhf.sweep.command import sweep_words
+
+        words = sweep_words(sys.argv[1:])
+        if words is not None:
+            return _run_sweep(words, body)
+    return _run_hydra(command, body)
+
+
+def _run_sweep(words: SweepWords, body: Body) -> int:
+    """A sweep of ours; what is not is left to Hydra, with the words as they were typed."""
+    typed = sys.argv[1:]
+    pipelines: list[bool] = []
+    elsewhere: list[Elsewhere] = []
+
+    def sweep(_: DictConfig) -> None:
+        from saferlhf.sweep.command import sweep_of
+        from saferlhf.sweep.elsewhere import Elsewhere
+        from saferlhf.sweep.runner import run_sweep
+
+        loader = GlobalHydra.instance().config_loader()
+        found = sweep_of(words, compose_tree=_compose_tree, compose=_compose_run, config_loader=loader)
+        if found is None:
+            pipelines.append(True)
+        elif words.launcher:
+            elsewhere.append(Elsewhere(found, words))
+        else:
+            run_sweep(found)
+
+    # Hydra is there to find the configs: the runs are composed one by one
+    sys.argv[1:] = words.base
+    code = _run_hydra("train", sweep)
+    sys.argv[1:] = typed
+    if elsewhere:
+        return _run_elsewhere(elsewhere[0], body)
+    return _run_hydra("train", body) if pipelines else code
+
+
+def _run_elsewhere(sweep: Elsewhere, body: Body) -> int:
+    """A sweep whose runs are started by a launcher of Hydra's."""
+    arguments = sweep.begin()
+    try:
+        if arguments:
+            sys.argv[1:] = arguments
+            _run_hydra("train", body)  # how the runs ended is read from their folders
+    except BaseException as error:
+        sweep.abandon(interrupted=isinstance(error, KeyboardInterrupt))
+        raise
+    sweep.end()
+    return 0
+
+
+def _wants_help() -> bool:
+    return bool({"--help", "-h"}.intersection(sys.argv))
+
+
+def _run_hydra(command: str, body: Body) -> int:
     """Exit code of all the jobs that Hydra makes of the command line; what keeps it from making any is raised."""
     codes: list[int] = []
 
@@ -137,7 +222,7 @@ def _compose_and_run(command: str, body: Body) -> int:
 
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(guarded)
     default = f"pipeline={DEFAULT_PIPELINE}"
-    if {"--help", "-h"}.intersection(sys.argv):
+    if _wants_help():
         _print_help(app, command)
         return 0
     try:
@@ -193,7 +278,10 @@ def _report(error: Exception, command: str, job: str = "", verbose: bool = False
         shown, code = error, 2
     elif isinstance(error, OSError) and error.errno in ENVIRONMENT_TROUBLE:
         shown, code = UserError(error.strerror or type(error).__name__, str(error.filename or "")), 2
-    elif type(error).__name__ == "PipelineFailed":  # told by its name, so that nothing heavy is imported here
+    elif type(error).__name__ in (
+        "PipelineFailed",
+        "SweepFailed",
+    ):  # told by its name, so that nothing heavy is imported here
         shown, code = UserError(str(error)), int(getattr(error, "code", 1))
     else:
         what = f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from saferlhf.config.checks_online import ONLINE_GROUPS
 from saferlhf.config.paths import conf_dir
 from saferlhf.config.task_schema import TASKS
-from saferlhf.config.validate import DIFF_GROUPS, evaluate_config, pipeline_config, train_config
+from saferlhf.config.validate import DIFF_GROUPS, evaluate_config, pipeline_config, sweep_config, train_config
 from saferlhf.errors import UserError
 from saferlhf.pipeline.stages import Stages
 from saferlhf.run.prepare import checked
@@ -47,7 +47,7 @@ def filled(tree: DictConfig) -> DictConfig:
     return tree
 
 
-NOT_OF_RUNS = {*DIFF_GROUPS, "pipeline", "suite", "protocol", "judge", "task"}
+NOT_OF_RUNS = {*DIFF_GROUPS, "pipeline", "sweep", "suite", "protocol", "judge", "task"}
 RUN_GROUPS = sorted({parts_of(option)[0] for option in OPTIONS} - NOT_OF_RUNS)
 
 
@@ -89,7 +89,7 @@ def test_choices_of_evaluate(options: list[str]) -> None:
 def test_every_option_has_its_turn() -> None:
     seen = {option for options in rounds(*RUN_GROUPS) for option in options}
     seen |= {option for options in rounds(*EVALUATE_GROUPS) for option in options}
-    assert seen | set(options_of("task", "pipeline", *DIFF_GROUPS)) == set(OPTIONS)
+    assert seen | set(options_of("task", "pipeline", "sweep", *DIFF_GROUPS)) == set(OPTIONS)
 
 
 @pytest.mark.parametrize("option", options_of("pipeline"))
@@ -104,6 +104,15 @@ def test_a_pipeline(option: str) -> None:
     assert set(stages.configs) == set(config.definitions)
     for stage in stages.asked:
         assert stages.configs[stage.name].name == f"{config.name}-{stage.name}"
+
+
+@pytest.mark.parametrize("option", options_of("sweep"))
+def test_a_sweep(option: str) -> None:
+    words = command_of(CONF / f"{option}.yaml")
+    assert override(option) in words and words[0] == "-m"
+    tree = composed(*[word for word in words[1:] if "," not in word])
+    assert sweep_config(tree.sweep).name == option.partition("/")[2]
+    assert "sweep" not in vars(train_config(tree)), "it is no part of a run"
 
 
 def command_of(file: Path) -> list[str]:

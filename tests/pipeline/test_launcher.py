@@ -8,14 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from saferlhf.errors import UserError
 from saferlhf.pipeline import launcher
-from saferlhf.pipeline.launcher import Job, JobResult, Known, cpu_share, last_words, launch
+from saferlhf.pipeline.launcher import DevicePool, Job, JobResult, Known, cpu_share, last_words, launch, visible_gpus
 
 PYTHON = (sys.executable, "-S", "-c")  # -S: no site-packages, starts in milliseconds
 
@@ -275,3 +276,170 @@ def test_ignored_signals_stay_ignored(jobs: Jobs) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "1"]
+
+
+# ------------------------------------------------------------------------------------------------ GPUs
+SHOWS = "import os; print('sees', os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ.get('CUDA_DEVICE_ORDER'))"
+
+
+def test_gpus_are_dealt_and_given_back() -> None:
+    pool = DevicePool(["0", "3", "5"])
+    assert pool.take(2) == ("0", "3")
+    assert pool.take(2) is None and pool.free == ("5",)
+    assert pool.take(1) == ("5",) and pool.take(0) == ()
+    pool.give_back(("5",))
+    pool.give_back(("0", "3"))
+    assert pool.free == ("0", "3", "5")
+    pool.check(3)
+    with pytest.raises(UserError, match="4 GPUs for one run, this machine has 3 GPUs"):
+        pool.check(4)
+    nothing = DevicePool(())
+    nothing.check(4)
+    assert nothing.take(4) == (), "without GPUs nobody waits for one"
+
+
+def test_each_job_sees_its_own_gpus(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs: at no time do two jobs see the same one, and a job that wants two has both."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    log = jobs.folder / "trace"
+    jobs.folder.mkdir()
+    code = (
+        "import os, time; mine = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        f"open({str(log)!r}, 'a').write('+' + mine + '\\n'); time.sleep(0.1)\n"
+        f"open({str(log)!r}, 'a').write('-' + mine + '\\n')\n"
+    )
+    wanted = {"a": 1, "b": 1, "c": 2, "d": 1, "e": 0}
+    batch = [replace(jobs.job(name, code), devices=count) for name, count in wanted.items()]
+    pool = DevicePool(["0", "1"])
+    assert set(codes(launch(batch, at_once=4, pool=pool)).values()) == {0}
+    taken: set[str] = set()
+    for line in log.read_text().split():
+        gpus = set(filter(None, line[1:].split(",")))
+        if line[0] == "+":
+            assert not taken & gpus
+            taken |= gpus
+        else:
+            taken -= gpus
+    lines = log.read_text().split()
+    assert lines.count("+0,1") == 1 and lines.count("+") == 1
+    assert jobs.order.index("d") > jobs.order.index("c"), "smaller jobs do not overtake the one that wants two"
+    assert pool.free == ("0", "1")
+
+
+def test_gpus_come_back_from_jobs_that_did_not_run(jobs: Jobs) -> None:
+    def refuse() -> list[str]:
+        raise UserError("no")
+
+    pool = DevicePool(["0"])
+    batch = [
+        Job("bad", refuse, jobs.folder / "bad.log", devices=1),
+        replace(jobs.job("cached", None), devices=1),
+        replace(jobs.job("fails", "raise SystemExit(4)"), devices=1),
+        replace(jobs.job("good", SHOWS), devices=1),
+    ]
+    assert codes(launch(batch, at_once=4, pool=pool)) == {"bad": 2, "cached": 0, "fails": 4, "good": 0}
+    assert pool.free == ("0",)
+
+
+def test_what_a_job_sees_of_the_machine(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    launch([replace(jobs.job("a", SHOWS), devices=1)], at_once=1, pool=DevicePool(["2"]))
+    assert last_words(jobs.folder / "a.log") == "sees 2 PCI_BUS_ID"
+    launch([jobs.job("b", SHOWS)], at_once=1)
+    assert last_words(jobs.folder / "b.log") == "sees None None", "without a pool a job sees what we see"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    launch([replace(jobs.job("c", SHOWS), devices=2)], at_once=1, pool=DevicePool())
+    assert last_words(jobs.folder / "c.log") == "sees GPU-a,GPU-b None"
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [("0,1", ("0", "1")), ("", ()), ("-1", ()), ("2, GPU-7a", ("2", "GPU-7a")), ("1,-1,0", ("1",))],
+)
+def test_gpus_that_may_be_used(listed: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert visible_gpus() == names
+
+
+def test_gpus_are_counted_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 3)
+    assert visible_gpus() == ("0", "1", "2")
+
+    def no_driver() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
+    assert visible_gpus() == ()
+
+
+# ------------------------------------------------------------------------------------------------ jobs as they come
+def test_more_jobs_are_asked_for_when_there_is_room(jobs: Jobs) -> None:
+    """The next job may depend on what the ones before it did: asked for only once somebody has ended."""
+    ended: list[int] = []
+
+    def watch(known: Known) -> None:
+        ended.append(sum(result is not None for result in known.values()))
+
+    asked: list[int] = []
+
+    def more() -> Job | None:
+        if len(asked) == 5:
+            return None
+        asked.append(ended[-1] if ended else 0)
+        return jobs.job(f"j{len(asked)}", "import time; time.sleep(0.1)")
+
+    done = launch([], at_once=2, on_poll=watch, more=more)
+    assert len(done) == 5 and set(codes(done).values()) == {0}
+    assert asked[:2] == [0, 0]
+    assert all(known >= number - 1 for number, known in enumerate(asked)), "at most two were on their way"
+
+
+def test_a_job_that_is_not_ready_waits_and_holds_up_no_other(jobs: Jobs) -> None:
+    flag = jobs.folder / "flag"
+    jobs.folder.mkdir()
+    late = replace(jobs.job("late"), ready=flag.exists)
+    done = launch([late, jobs.job("maker", f"open({str(flag)!r}, 'w')")], at_once=1)
+    assert codes(done) == {"late": 0, "maker": 0}
+    assert jobs.order == ["maker", "late"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's own way, Linux")
+def test_jobs_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    job = (
+        "import signal, time\n"
+        "from saferlhf.pipeline.launcher import follow_launcher\n"
+        f"def told(*_):\n    open({str(told)!r}, 'w').write('asked'); raise SystemExit(0)\n"
+        "signal.signal(signal.SIGTERM, told)\n"
+        "follow_launcher()\n"
+        f"open({str(tmp_path / 'ready')!r}, 'w').close(); time.sleep(60)\n"
+    )
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom saferlhf.pipeline.launcher import Job, launch\n"
+        f"launch([Job('a', lambda: [sys.executable, '-c', {job!r}], Path({str(tmp_path / 'a.log')!r}))], at_once=1)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    wait_for((tmp_path / "ready").exists)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(told.exists)
+
+
+def test_who_was_not_started_by_a_launcher_follows_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher.ctypes, "CDLL", lambda _: pytest.fail("asked the kernel"))
+    monkeypatch.delenv(launcher.LAUNCHER_PID, raising=False)
+    launcher.follow_launcher()
+    monkeypatch.setenv(launcher.LAUNCHER_PID, "1")
+    launcher.follow_launcher()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

@@ -95,6 +95,21 @@ def test_statuses(bench: Bench, status: Any) -> None:
     assert bench.run(logger).info.status == status
 
 
+def test_a_run_whose_id_nobody_lived_to_note_is_found_again(bench: Bench) -> None:
+    first = bench.logger()  # and the process is killed
+    note = bench.folder / module.TOKEN
+    note.write_text(f"{note.read_text().split()[0]} 1")
+    second = bench.logger()
+    assert second.run_id == first.run_id
+    second.log_hyperparams({"a": 1})
+    third = bench.logger()
+    assert third.run_id != first.run_id, "who has logged has noted the id before: no resuming means a new run"
+    third.finish()
+    assert not note.exists()
+    note.write_text("killedbeforethestoremadearun 1")
+    assert bench.logger().run_id not in (first.run_id, third.run_id)
+
+
 def test_params_are_flat_and_whole(bench: Bench) -> None:
     long = "word " * 3000
     config = {"task": {"name": "reward", "margin": 0.5, "on": True, "none": None}, "targets": ["a", "b"], "long": long}

@@ -21,12 +21,13 @@ from saferlhf.config import evaluate_schema, schema
 from saferlhf.config.online_schema import ADVANTAGES, CONSTRAINTS
 from saferlhf.config.roles_schema import RolesConfig
 from saferlhf.config.rollout_schema import RolloutConfig, scorers_config
+from saferlhf.config.sweep_schema import SweepConfig, check_sweep
 from saferlhf.config.task_schema import TASKS
 from saferlhf.errors import UserError
 
 Schema = TypeVar("Schema")
 
-RUNNER_KEYS = ("pipeline",)
+RUNNER_KEYS = ("pipeline", "sweep")
 """Top-level keys that steer the runner and belong to no single run."""
 
 DIFF_GROUPS = ("experiment", "debug")
@@ -151,6 +152,13 @@ def pipeline_config(node: Any) -> schema.PipelineConfig:
     return typed(schema.PipelineConfig, node, "pipeline")
 
 
+def sweep_config(node: Any) -> SweepConfig:
+    """The typed and checked `sweep` group."""
+    config = typed(SweepConfig, node, "sweep")
+    check_sweep(config)
+    return config
+
+
 def suggestion(word: str, known: Any) -> str:
     """`did you mean 'x'?` with the nearest known words, or the list of all when none is near."""
     names = [str(name) for name in known]
@@ -198,6 +206,8 @@ def _schemas_of(parent: type, name: str) -> list[type]:
         return list(dict.fromkeys(PLUGS[name].values()))
     if parent is schema.TrainConfig and name == "pipeline":
         return [schema.PipelineConfig]
+    if parent is schema.TrainConfig and name == "sweep":
+        return [SweepConfig]
     found = _groups_of(parent).get(name)
     return [] if found is None else [found]
 

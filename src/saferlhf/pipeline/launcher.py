@@ -1,14 +1,19 @@
-"""The one launcher: jobs as processes of their own, a few at once, each with its share of the cores.
+"""The one launcher: jobs as processes of their own, a few at once, each with its own GPUs or its share of the cores.
 
 A job of its own process is what keeps CUDA, Lightning's subprocess launcher and random state of one run out of the
 next. Jobs that wait for others start as soon as those are done; when one fails, what does not need it goes on.
 
+Where there are GPUs a job gets as many as it wants, and sees no others (`CUDA_VISIBLE_DEVICES`): it may call its first
+one 0. GPUs are dealt in the order of the jobs, so that one that wants many is not kept waiting by smaller ones.
+
 Ctrl-C, SIGTERM and a closed terminal stop all jobs: each is asked once, so that it can save its state; whoever does not
-end in time, or is still there at the second Ctrl-C, is ended.
+end in time, or is still there at the second Ctrl-C, is ended. When this process is killed, so that it can ask nobody,
+the jobs are asked by the system (Linux; `follow_launcher`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -29,6 +34,11 @@ GRACE_S = 60.0
 LOG_MARK = "=== "
 """Starts the line that heads each job's part of its log file."""
 
+LAUNCHER_PID = "SAFERLHF_LAUNCHER_PID"
+"""Variable that tells a job which process started it."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
 
 @dataclass
 class Job:
@@ -41,6 +51,8 @@ class Job:
         log: file for its output; appended to.
         needs: names of jobs that must have succeeded before.
         environment: variables set for it.
+        devices: GPUs it wants for itself, where `launch` has any to deal.
+        ready: false as long as it must wait for something else, such as a process that is no job of ours.
     """
 
     name: str
@@ -48,6 +60,8 @@ class Job:
     log: Path
     needs: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    devices: int = 0
+    ready: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -68,8 +82,80 @@ def cpu_share(jobs_at_once: int) -> int:
     return max(1, cores // max(1, jobs_at_once))
 
 
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs of this machine that this process may use, by the names `CUDA_VISIBLE_DEVICES` has for them."""
+    listed = os.environ.get(VISIBLE)
+    if listed is not None:
+        names = [name.strip() for name in listed.split(",")]
+        # CUDA, too, stops reading at the first that is none
+        return tuple(names[: next((n for n, name in enumerate(names) if name in ("", "-1")), len(names))])
+    # asking CUDA itself would take memory on each GPU
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return tuple(str(number) for number in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError:
+        return ()
+
+
+class DevicePool:
+    """GPUs to be dealt to jobs; without any, jobs are not limited by it.
+
+    Args:
+        names: of the GPUs; None: all that this process may use.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        self.names = visible_gpus() if names is None else tuple(names)
+        self._free = list(self.names)
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """Names of those that no job has."""
+        return tuple(self._free)
+
+    def take(self, count: int) -> tuple[str, ...] | None:
+        """So many GPUs for a job; None when they are not free now; nothing where there are none at all."""
+        if not self.names:
+            return ()
+        if count > len(self._free):
+            return None
+        taken, self._free = tuple(self._free[:count]), self._free[count:]
+        return taken
+
+    def give_back(self, taken: Sequence[str]) -> None:
+        """GPUs of a job that ended."""
+        self._free = sorted([*self._free, *taken], key=self.names.index)
+
+    def check(self, count: int, where: str = "trainer.devices") -> None:
+        """Refuse what will never be free.
+
+        Raises:
+            UserError: a job wants more GPUs than there are.
+        """
+        if self.names and count > len(self.names):
+            there = f"{len(self.names)} GPU{'s' if len(self.names) > 1 else ''}"
+            raise UserError(f"{count} GPUs for one run, this machine has {there}", where, f"use {len(self.names)}")
+
+
+def follow_launcher() -> None:
+    """End as after a SIGTERM when the launcher that started this process dies, however it does; Linux only."""
+    if os.environ.get(LAUNCHER_PID) != str(os.getppid()) or not sys.platform.startswith("linux"):
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.environ[LAUNCHER_PID] != str(os.getppid()):  # it died in between
+            signal.raise_signal(signal.SIGTERM)
+
+
 def launch(
-    jobs: Sequence[Job], *, at_once: int, on_poll: Callable[[Known], None] = lambda _: None
+    jobs: Sequence[Job],
+    *,
+    at_once: int,
+    on_poll: Callable[[Known], None] = lambda _: None,
+    pool: DevicePool | None = None,
+    more: Callable[[], Job | None] = lambda: None,
 ) -> dict[str, JobResult]:
     """Run jobs, `at_once` at most at the same time.
 
@@ -77,6 +163,9 @@ def launch(
         jobs: in order of preference; a job whose need failed is not run (code None).
         at_once: processes at the same time.
         on_poll: called a few times a second with what is known of each job.
+        pool: GPUs to deal; None: every job sees what this process sees.
+        more: asked for another job when fewer than `at_once` are there; None: not now. Once no job is left to wait for
+            that is the end.
 
     Returns:
         A result for each job.
@@ -90,21 +179,22 @@ def launch(
     waiting = list(jobs)
     running: dict[str, _Running] = {}
     done: dict[str, JobResult] = {}
+    pool = pool or DevicePool(())
     with _StopRequests() as stop:
         try:
-            while waiting or running:
+            while _fill(waiting, running, at_once, more) or running:
                 if stop.count:
                     raise KeyboardInterrupt
-                before = len(waiting)
-                _start_ready(waiting, running, done, at_once)
-                if waiting and not running and len(waiting) == before:
-                    raise ValueError(f"jobs wait for each other: {', '.join(job.name for job in waiting)}")
+                _check_needs(waiting, running, done)
+                ended = len(done)
+                _start_ready(waiting, running, done, at_once, pool)
                 for name, job in list(running.items()):
                     if (code := job.process.poll()) is not None:
                         del running[name]
+                        pool.give_back(job.devices)
                         done[name] = JobResult(code, time.monotonic() - job.started)
                 on_poll({**dict.fromkeys(running), **done})
-                if running:
+                if running or (waiting and len(done) == ended):
                     time.sleep(POLL_S)
         except BaseException:
             _stop([job.process for job in running.values()], stop)
@@ -128,33 +218,62 @@ def last_words(log: Path) -> str:
 class _Running:
     process: subprocess.Popen[bytes]
     started: float
+    devices: tuple[str, ...] = ()
 
 
-def _start_ready(waiting: list[Job], running: dict[str, _Running], done: dict[str, JobResult], at_once: int) -> None:
+def _fill(waiting: list[Job], running: dict[str, _Running], at_once: int, more: Callable[[], Job | None]) -> bool:
+    """Ask for jobs as long as there is room; whether any wait."""
+    while len(waiting) + len(running) < at_once and (job := more()) is not None:
+        waiting.append(job)
+    return bool(waiting)
+
+
+def _check_needs(waiting: Sequence[Job], running: dict[str, _Running], done: dict[str, JobResult]) -> None:
+    """Nobody may wait for what never comes."""
+    if waiting and not running and all(any(need not in done for need in job.needs) for job in waiting):
+        raise ValueError(f"jobs wait for each other: {', '.join(job.name for job in waiting)}")
+
+
+def _start_ready(
+    waiting: list[Job], running: dict[str, _Running], done: dict[str, JobResult], at_once: int, pool: DevicePool
+) -> None:
     """Start what may start; what needs a failed job, or has nothing to do, is done."""
     for job in list(waiting):
         if any(need in done and done[need].code != 0 for need in job.needs):
             waiting.remove(job)
             done[job.name] = JobResult(None, 0.0)
-        elif len(running) < at_once and all(need in done for need in job.needs):
-            waiting.remove(job)
-            started = time.monotonic()
-            try:
-                process = _start(job)
-            except UserError as error:
-                _write_log(job.log, f"error: {error}\n")
-                done[job.name] = JobResult(2, 0.0)
-                continue
-            if process is None:
-                done[job.name] = JobResult(0, 0.0)
-            else:
-                running[job.name] = _Running(process, started)
+            continue
+        if len(running) >= at_once or any(need not in done for need in job.needs) or not job.ready():
+            continue
+        devices = pool.take(job.devices)
+        if devices is None:
+            return  # those behind it wait too, else smaller ones would go on taking what it waits for
+        waiting.remove(job)
+        started = time.monotonic()
+        try:
+            process = _start(job, devices if pool.names else None)
+        except UserError as error:
+            _write_log(job.log, f"error: {error}\n")
+            done[job.name], process = JobResult(2, 0.0), None
+        except BaseException:
+            pool.give_back(devices)
+            raise
+        if process is not None:
+            running[job.name] = _Running(process, started, devices)
+        else:
+            pool.give_back(devices)
+            done.setdefault(job.name, JobResult(0, 0.0))
 
 
-def _start(job: Job) -> subprocess.Popen[bytes] | None:
+def _start(job: Job, devices: Sequence[str] | None) -> subprocess.Popen[bytes] | None:
     command = job.command()
     if command is None:
         return None
+    environment = {**os.environ, LAUNCHER_PID: str(os.getpid()), **job.environment}
+    if devices is not None:
+        environment[VISIBLE] = ",".join(devices)
+        if VISIBLE not in os.environ:  # the numbers are those of `nvidia-smi`
+            environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     _write_log(job.log, f"{LOG_MARK}{job.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     with open(job.log, "ab") as log:
         # a process group of its own: Ctrl-C reaches the launcher alone, which asks each job once
@@ -163,7 +282,7 @@ def _start(job: Job) -> subprocess.Popen[bytes] | None:
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **job.environment},
+            env=environment,
             start_new_session=True,
         )
 

@@ -5,7 +5,8 @@ are not over and knows neither system metrics nor data sets. It uses MLflow's cl
 run and its children can be open side by side. Metrics are buffered and sent in batches.
 
 Resuming continues the same MLflow run. The steps since the last checkpoint are computed again, to the same values;
-points the store already has are not sent twice.
+points the store already has are not sent twice. A process may be killed between the store's making the run and the
+folder's noting its id; a token written before, and set as a tag, finds that run again, so that none stays RUNNING.
 
 A store that fails at the start is the user's to mend (`UserError`). A store lost later never stops the run: see
 `records`.
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 log = logging.getLogger("saferlhf.tracking")
+
+TOKEN = "tracking_token"
+"""File in the run folder, from before the run is made until its id is known to be noted; and the tag beside it."""
 
 BUFFER_POINTS = 1000
 FLUSH_SECONDS = 5.0
@@ -120,10 +126,11 @@ class MLflowLogger(TrackingLogger):
         if self._backlog:
             self._send_backlog()
         try:
-            run = self._find(resume_run_id) if resume_run_id else None
+            run = self._find(resume_run_id) if resume_run_id else self._begun_before(experiment_id)
             resumed = run is not None
             if run is None:
-                create = partial(self._client.create_run, experiment_id, tags=dict(tags), run_name=run_name)
+                about = {**tags, TOKEN: self._new_token()}
+                create = partial(self._client.create_run, experiment_id, tags=about, run_name=run_name)
                 run = retry_when_busy(create)
         except Exception as error:
             raise unusable(uri, error) from error
@@ -177,6 +184,7 @@ class MLflowLogger(TrackingLogger):
 
         A mapping, OmegaConf node, dataclass or namespace. On resume new names are logged, changed values become tags.
         """
+        self._forget_token()  # whoever logs has been given the run's id before, and noted it
         config = config_params.as_mapping(params)
         self._config.update(config)
         new, changed = config_params.new_and_changed(config_params.flatten(config), self._known_params)
@@ -246,6 +254,7 @@ class MLflowLogger(TrackingLogger):
         if self._finished:
             return
         self._finished = True
+        self._forget_token()
         if self._monitor is not None:
             self._monitor.finish()
         self.flush()
@@ -274,6 +283,27 @@ class MLflowLogger(TrackingLogger):
             log.warning("tracking: the run %s is not in the store any more; a new one is started", run_id)
             return None
         return run
+
+    def _new_token(self) -> str:
+        token = uuid.uuid4().hex
+        self._run_folder.mkdir(parents=True, exist_ok=True)
+        (self._run_folder / TOKEN).write_text(f"{token} {os.getpid()}")
+        return token
+
+    def _forget_token(self) -> None:
+        (self._run_folder / TOKEN).unlink(missing_ok=True)
+
+    def _begun_before(self, experiment_id: str) -> Run | None:
+        """The run that an earlier process of this folder made and did not live to note."""
+        try:
+            token, pid = (self._run_folder / TOKEN).read_text().split()
+        except (OSError, ValueError):
+            return None
+        if pid == str(os.getpid()):
+            return None  # it lives: another logger of this process
+        wanted = f"tags.{TOKEN} = '{token}'"
+        found = retry_when_busy(lambda: self._client.search_runs([experiment_id], wanted, max_results=1))
+        return found[0] if found else None
 
     def _send(self, record: Record) -> None:
         """Send, or write down when the store is lost; a refused record is named and dropped."""
