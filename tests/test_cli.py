@@ -278,7 +278,9 @@ def test_shell_completion_knows_the_choices(monkeypatch: pytest.MonkeyPatch) -> 
     line = "train.py backbone="
     monkeypatch.setenv("COMP_LINE", line)
     monkeypatch.setenv("COMP_POINT", str(len(line)))
-    assert call("train", "-sc", "query=bash").out.split() == ["backbone=hf", "backbone=smollm2", "backbone=tiny"]
+    assert call("train", "-sc", "query=bash").out.split() == [
+        f"backbone={name}" for name in ("hf", "llama3_70b", "llama3_8b", "llama_7b", "smollm2", "tiny")
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ real input

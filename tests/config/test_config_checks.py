@@ -71,7 +71,7 @@ IMPOSSIBLE = [
     ("cpu", {"backbone__attention": "flash_attention_2"}, "backbone.attention", "sdpa"),
     ("cpu", {"optimizer__name": "adamw_8bit"}, "optimizer", "optimizer=adamw"),
     ("cpu", {"optimizer__name": "paged_adamw_8bit"}, "optimizer", "optimizer=adamw"),
-    ("tiny", {"trainer__devices": 2}, "trainer.devices", "use 1"),
+    ("tiny", {"trainer__devices": 2}, "trainer.devices", "strategy=ddp"),
     ("tiny", {"trainer__accelerator": "tpu"}, "trainer.accelerator", "auto | cpu | gpu"),
     # data
     ("file", {"backbone__tokenizer": "toyworld"}, "backbone.tokenizer", "null"),

@@ -92,3 +92,15 @@ def test_frozen_parameters_are_left_out() -> None:
     model.weight.requires_grad_(False)
     groups = build_optimizer(model.parameters(), OptimizerConfig("adamw", lr=0.1)).param_groups
     assert [p.shape for group in groups for p in group["params"]] == [(3,)]
+
+
+def test_plain_gradient_descent_by_hand() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    bias = nn.Parameter(torch.tensor([3.0]))
+    optimizer = build_optimizer([weight, bias], OptimizerConfig(name="sgd", lr=0.5, weight_decay=0.1))
+    for _ in range(2):  # no momentum: the second step is as long as the first
+        weight.grad, bias.grad = torch.tensor([[0.2, 0.4]]), torch.tensor([1.0])
+        optimizer.step()
+    # w <- w - 0.5 (g + 0.1 w) = 0.95 w - 0.5 g, biases without decay
+    torch.testing.assert_close(weight.data, torch.tensor([[0.95 * (0.95 - 0.1) - 0.1, 0.95 * (-1.9 - 0.2) - 0.2]]))
+    torch.testing.assert_close(bias.data, torch.tensor([2.0]))

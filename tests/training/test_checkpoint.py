@@ -120,7 +120,7 @@ class Recorder:
     """Stands for a trainer: its step, and what was saved."""
 
     def __init__(self) -> None:
-        self.global_step = 0
+        self.global_step, self.world_size, self.is_global_zero = 0, 1, True
         self.enable_validation, self.val_check_batch = False, None
         self.loggers = [SimpleNamespace(save=lambda: self.saved.append(-self.global_step))]
         self.saved: list[int] = []

@@ -7,6 +7,7 @@ import re
 
 from saferlhf.config.check_values import layer_numbers, one_of, positive, seeds, shares
 from saferlhf.config.checks_online import check_online_run
+from saferlhf.config.checks_strategy import check_strategy
 from saferlhf.config.checks_stream import check_stream
 from saferlhf.config.checks_task import check_moderation, check_probe
 from saferlhf.config.evaluate_schema import EvaluateConfig
@@ -41,6 +42,7 @@ def check_config(config: TrainConfig) -> None:
     _check_numbers(config)
     _check_model(config)
     _check_data(config)
+    check_strategy(config)
     check_online_run(config)
 
 
@@ -122,9 +124,8 @@ def _check_choices(config: TrainConfig) -> None:
     one_of(config.quantization.name, "quantization.name", ["none", "nf4"])
     one_of(config.quantization.compute_dtype, "quantization.compute_dtype", ["float32", "bfloat16", "float16"])
     one_of(config.adapter.name, "adapter.name", ["none", "lora"])
-    one_of(config.optimizer.name, "optimizer.name", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+    one_of(config.optimizer.name, "optimizer.name", ["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"])
     one_of(config.schedule.name, "schedule.name", ["cosine", "linear", "constant"])
-    one_of(config.strategy.name, "strategy.name", ["single"])
     one_of(config.tracking.name, "tracking.name", ["mlflow", "none"])
     _check_trainer_choices(config.trainer)
     if hasattr(config.task, "pooling"):
@@ -280,7 +281,7 @@ def _check_model(config: TrainConfig) -> None:
     _check_lengths(config)
     if backbone.attention == "flash_attention_2" and config.trainer.accelerator == "cpu":
         raise UserError("flash attention needs a GPU", "backbone.attention", "backbone.attention=sdpa")
-    if config.optimizer.name != "adamw" and config.trainer.accelerator == "cpu":
+    if config.optimizer.name.endswith("_8bit") and config.trainer.accelerator == "cpu":
         raise UserError("8-bit optimizers need a GPU", "optimizer", "optimizer=adamw")
     if config.adapter.merge_on_export and config.quantization.name == "nf4":
         raise UserError(
@@ -288,8 +289,6 @@ def _check_model(config: TrainConfig) -> None:
             "adapter.merge_on_export",
             "export the adapter, or train with quantization=none",
         )
-    if config.trainer.devices > 1 and config.strategy.name == "single":
-        raise UserError(f"strategy=single cannot use {config.trainer.devices} devices", "trainer.devices", "use 1")
 
 
 def _check_lengths(config: TrainConfig) -> None:

@@ -147,7 +147,7 @@ class DataConfig:
 # ------------------------------------------------------------------------------------------------ training
 @dataclass
 class OptimizerConfig:
-    """adamw | adamw_8bit | paged_adamw_8bit; `lr: null` takes the default of (backbone, adapter, task)."""
+    """adamw | sgd | adamw_8bit | paged_adamw_8bit; `lr: null` takes the default of (backbone, adapter, task)."""
 
     name: str
     lr: Optional[float] = None
@@ -200,9 +200,17 @@ class CheckpointConfig:
 
 @dataclass
 class StrategyConfig:
-    """How the work is spread over devices."""
+    """How the work is spread over devices: single | ddp | fsdp; none changes what is computed."""
 
     name: str
+    find_unused_parameters: Optional[bool] = None  # ddp; null: where the heads read lower layers
+    # fsdp
+    reshard_after_forward: bool = True
+    replicas: int = 1
+    cpu_offload: bool = False
+    activation_checkpointing: bool = False
+    gather_bf16: bool = False
+    reduce_dtype: str = "float32"
 
 
 @dataclass
@@ -225,6 +233,7 @@ class PlanConfig:
 
     name: str
     only: bool = False
+    gpu: Optional[float] = None  # GiB of the GPU that the run is to fit; null: not asked
 
 
 @dataclass

@@ -46,7 +46,9 @@ def moderate_rows(
     """
 
     def mine() -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
-        numbers, parts, done = [np.zeros(0, np.int64)], {}, 0
+        numbers: list[NDArray[Any]] = [np.zeros(0, np.int64)]
+        parts: dict[str, list[NDArray[Any]]] = {}
+        done = 0
         options: dict[str, Any] = {"batch_size": batch_size, "autocast": autocast, "processes": processes}
         for rows, scores in head_outputs(model, data, **options):
             numbers.append(rows)

@@ -42,7 +42,8 @@ def score_rows(
     pairs = isinstance(data, EncodedPairs)
 
     def mine() -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
-        rows, scores = [np.zeros(0, np.int64)], [np.zeros((0, 2) if pairs else 0)]
+        rows: list[NDArray[Any]] = [np.zeros(0, np.int64)]
+        scores: list[NDArray[Any]] = [np.zeros((0, 2) if pairs else 0)]
         for part, found in head_outputs(model, data, batch_size=batch_size, autocast=autocast, processes=processes):
             flat = found[head].squeeze(-1).numpy()  # (S,)
             rows.append(part)

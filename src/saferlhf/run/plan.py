@@ -28,7 +28,7 @@ def plan_rows(
     *,
     start: str | None = None,
 ) -> list[tuple[str, str]]:
-    """Lines of the plan; builds the model, since only the real one tells its size.
+    """Lines of the plan. `plan=on` counts the model's size and the run's memory on fake tensors and loads no weights.
 
     Args:
         task: None: models that it needs are not there yet, so that its size is not known.
@@ -36,14 +36,11 @@ def plan_rows(
             `folder` is only the beginning of its path.
 
     Raises:
-        UserError: the device that is asked for is not there.
+        UserError: the device that is asked for is not there (no matter where `plan.gpu` says what it has), or online
+            training of a policy that no device of that size can hold.
     """
-    device = _device(config)
-    size = (
-        _size(config, task)
-        if task is not None
-        else [("parameters", "known when the runs that it starts from are finished")]
-    )
+    device = "gpu" if config.plan.gpu is not None else _device(config)
+    size = _sizes(config, encoded, task, steps, device)
     lengths = np.asarray(encoded.train.lengths)
     longest = int(lengths.max())
     policy = config.roles.actor.model if config.roles is not None else None
@@ -58,7 +55,8 @@ def plan_rows(
     elif isinstance(config.task, PpoConfig):
         from saferlhf.run.online import online_plan_rows
 
-        work = online_plan_rows(config, task, steps)
+        # the memory plan names the roles where they are not built
+        work = online_plan_rows(config, None if config.plan.only else task, steps)
     else:
         interval = validation_interval(config, steps)
         work = [
@@ -78,6 +76,28 @@ def plan_rows(
     ]
 
 
+def _sizes(config: TrainConfig, encoded: EncodedSplits, task: Any, steps: int, device: str) -> list[tuple[str, str]]:
+    """Parameters and memory: planned, or of the model itself where the run is about to build it anyhow."""
+    if task is None:
+        return [("parameters", "known when the runs that it starts from are finished")]
+    if not config.plan.only or isinstance(config.task, ProbeConfig):
+        return _size(config, task)
+    from saferlhf.run.memory.plan import check_policy_fits, plan_memory
+    from saferlhf.run.memory.table import memory_rows
+    from saferlhf.run.memory.workload import workload_of
+
+    words = _words(encoded)
+    if config.plan.gpu is not None:
+        check_policy_fits(config, config.plan.gpu, vocabulary_size=words)
+    planned = plan_memory(config, workload_of(config, encoded, steps), device=device, vocabulary_size=words)
+    return memory_rows(config, planned, vocabulary_size=words)
+
+
+def _words(encoded: EncodedSplits) -> int:
+    """Of the tokenizer's vocabulary, which is that of a model from scratch."""
+    return len(encoded.encoder.tokenizer)
+
+
 def _size(config: TrainConfig, task: Any) -> list[tuple[str, str]]:
     """Parameters and memory of the model, which is built."""
     task.configure_model()
@@ -85,7 +105,7 @@ def _size(config: TrainConfig, task: Any) -> list[tuple[str, str]]:
     frozen = sum(_elements(p) for p in task.parameters() if not p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in task.parameters())
     gradients = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
-    states = 2 * gradients if config.optimizer.name == "adamw" else 2 * trained
+    states = {"adamw": 2 * gradients, "sgd": 0}.get(config.optimizer.name, 2 * trained)
     memory = (
         f"weights {weights / GIB:.3f} GiB, gradients {gradients / GIB:.3f} GiB, optimizer {states / GIB:.3f} GiB; "
         "activations come on top"
@@ -114,7 +134,7 @@ def device_for(accelerator: str) -> torch.device:
 
 def _device(config: TrainConfig) -> str:
     device = device_kind(config.trainer.accelerator)
-    if device == "cpu" and config.optimizer.name != "adamw":
+    if device == "cpu" and config.optimizer.name.endswith("_8bit"):
         raise UserError("8-bit optimizers need a GPU", f"optimizer={config.optimizer.name}", "optimizer=adamw")
     return device
 

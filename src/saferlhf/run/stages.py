@@ -18,6 +18,7 @@ from saferlhf.config.task_schema import ModerationConfig, ProbeConfig
 from saferlhf.data.build import Splits
 from saferlhf.data.loader import EvalLoader, StepLoader
 from saferlhf.errors import TrainingDiverged, UserError
+from saferlhf.evaluation.processes import Processes
 from saferlhf.models.tokenizer import load_tokenizer
 from saferlhf.ops.calibration import Calibration
 from saferlhf.run.plan import plan_rows
@@ -37,6 +38,7 @@ from saferlhf.training.checkpoint import (
     newest_checkpoint,
 )
 from saferlhf.training.curves import CurveLogger
+from saferlhf.training.processes import part, told
 from saferlhf.training.progress import RunProgress
 from saferlhf.training.stop import GracefulStop, StopRequested
 
@@ -75,6 +77,16 @@ class PreparedRun:
         """One screen: what will be done, with how much, and where the results go."""
         show_data(self.rows.report.to_dict())
         show_table("plan", plan_rows(self.config, self.encoded, self.task, self.steps, self.folder.path))
+
+    def gather(self) -> None:
+        """Put whole weights in the place of shards: a fresh task, with what the newest checkpoint holds."""
+        newest = newest_checkpoint(self.folder)
+        assert newest is not None, "a training that ended was saved"
+        del self.task
+        self.task.configure_model()
+        if self.config.trainer.precision == "bf16-true":
+            self.task.to(torch.bfloat16)
+        self.task.load_state_dict(AtomicCheckpointIO().load_checkpoint(newest)["state_dict"], strict=False)
 
     def ui_command(self) -> str | None:
         """How to look at the tracked runs."""
@@ -130,7 +142,7 @@ def policy_start(config: TrainConfig) -> str | None:
 
 
 def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
-    """Train from the newest checkpoint, or from the start, to the last step.
+    """Train from the newest checkpoint, or from the start, to the last step; together with the other processes.
 
     Raises:
         Interrupted: an end was asked for; the state is saved.
@@ -138,32 +150,36 @@ def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
     """
     from saferlhf.run.train import Interrupted
 
-    config, folder = prepared.config, prepared.folder
+    config, folder, processes = prepared.config, prepared.folder, Processes.current()
     if isinstance(config.task, ProbeConfig):
         from saferlhf.run.fit_probe import run_probe
 
         run_probe(prepared, tracker)
         return
-    checkpoint = newest_checkpoint(folder)
+    found = told(processes, str(newest_checkpoint(folder) or ""))
+    checkpoint = Path(found) if found else None
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     elif getattr(config.task, "head_start", None) == "linear_probe":
         from saferlhf.run.head_start import begin_at_probe
 
         begin_at_probe(prepared)
-    L.seed_everything(config.seed, verbose=False)
-    stop = GracefulStop()
+    # each process draws noise of its own; weights were drawn, from the run's seed, or will be, from streams of theirs
+    L.seed_everything(config.seed + processes.rank, verbose=False)
+    stop = GracefulStop(quiet=not processes.first)
     saver = RunCheckpoint(folder, config.checkpoint, stop, resumed=checkpoint)
     title = f"{config.task.name} ({config.backbone.name} on {config.data.name})"
+    shown = [RunProgress(folder, title, prepared.steps, config.trainer.progress)] if processes.first else []
     trainer = build_trainer(
         config,
         folder=folder,
         steps=prepared.steps,
-        callbacks=[RandomState(), RunProgress(folder, title, prepared.steps, config.trainer.progress), saver],
-        loggers=[CurveLogger(folder.path / "curves.jsonl"), tracker],
+        callbacks=[RandomState(), *shown, saver],
+        loggers=[CurveLogger(folder.path / "curves.jsonl"), tracker] if processes.first else [],
         plugins=[AtomicCheckpointIO()],
     )
     train_loader, val_loader = _loaders(prepared)
+    stopped = False
     with stop:
         try:
             trainer.fit(
@@ -174,21 +190,26 @@ def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
                 weights_only=True,
             )
         except StopRequested:
-            pass
+            stopped = True
         except TrainingDiverged as error:
             raise TrainingDiverged(error.what, error.where, f"{error.mend}; {_kept(folder)}") from None
         else:
             # evaluation and export can be repeated from here; removed once the run is finished
             saver.save(trainer)
-        if stop.requested:
+        if stopped or stop.requested:
             raise Interrupted(
-                f"stopped by {stop.requested} after step {trainer.global_step} of {prepared.steps}, which is saved in "
-                f"{folder.path}: type the same command to go on"
+                f"stopped by {stop.requested or 'another process'} after step {trainer.global_step} of "
+                f"{prepared.steps}, which is saved in {folder.path}: type the same command to go on"
             )
+    part()
+    if config.strategy.name == "fsdp" and processes.first:
+        prepared.gather()
 
 
 def _loaders(prepared: PreparedRun) -> tuple[StepLoader[Any], EvalLoader[Any] | None]:
     config, val = prepared.config, prepared.encoded.val
+    processes = Processes.current()
+    share = {"rank": processes.rank, "world_size": processes.size}
     online = isinstance(config.task, PpoConfig)
     train_loader: StepLoader[Any] = StepLoader(
         prepared.encoded.train,
@@ -197,11 +218,12 @@ def _loaders(prepared: PreparedRun) -> tuple[StepLoader[Any], EvalLoader[Any] | 
         micro_batch_size=None if online else micro_batch_size(config),
         total_steps=prepared.steps,
         seed=config.seed,
+        **share,
     )
     if online or not len(val):
         return train_loader, None
     val = first_rows(val, config.trainer.val_max_rows)
-    return train_loader, EvalLoader(val, batch_size=config.trainer.eval_batch_size)
+    return train_loader, EvalLoader(val, batch_size=config.trainer.eval_batch_size, **share)
 
 
 def _kept(folder: RunFolder) -> str:

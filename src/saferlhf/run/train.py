@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,10 +19,16 @@ from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
 from saferlhf.config.schema import TrainConfig
 from saferlhf.config.task_schema import ProbeConfig
 from saferlhf.errors import UserError
+from saferlhf.evaluation.processes import Processes
+from saferlhf.run import screen
 from saferlhf.run.log import RunLog
 from saferlhf.run.prepare import LocatedRun, checked, locate_run
 from saferlhf.run.screen import say, say_finished, say_result
+from saferlhf.training.processes import assembled, await_the_end, comes_first, has_several, told
 from saferlhf.training.stop import sigterm_interrupts
+
+if TYPE_CHECKING:
+    from saferlhf.run.stages import PreparedRun
 
 
 @dataclass(frozen=True)
@@ -42,15 +50,20 @@ def train(config: TrainConfig) -> RunResult:
         UserError: the input is wrong.
         Interrupted: a person or the system asked for an end; the same command goes on.
     """
-    run = locate_run(checked(config))
+    config = checked(config)
+    first = comes_first(config)
+    run = locate_run(config)
     if not config.plan.only and run.folder.status().get("status") == FINISHED:
-        return _finished_before(run)
+        return _finished_before(run) if first else RunResult(run.folder.path, {})
     # heavy imports only now, so that a finished run answers at once
     from saferlhf.run.stages import prepare
 
     if config.plan.only:
-        prepare(run).show_plan()
+        if first:
+            prepare(run).show_plan()
         return RunResult(run.folder.path, {})
+    if not first:
+        return _follow(run)
     run.folder.acquire()
     try:
         if "finished" in run.folder.status():  # by another process, while this one was importing
@@ -73,9 +86,13 @@ def _finished_before(run: LocatedRun) -> RunResult:
 def _to_the_end(run: LocatedRun) -> tuple[dict[str, float], str | None]:
     """`_carry_out`; however it ends, status file and tracking say so."""
     tracked: list[Any] = []
+    if has_several(run.config):
+        from saferlhf.run.trainer import quiet_lightning
+
+        quiet_lightning()
     try:
-        with sigterm_interrupts():
-            return _carry_out(run, tracked)
+        with sigterm_interrupts(), assembled(run.config) as processes:
+            return _carry_out(run, tracked, processes)
     except Interrupted:
         _end(run.folder, tracked, KILLED)
         raise
@@ -93,20 +110,55 @@ def _to_the_end(run: LocatedRun) -> tuple[dict[str, float], str | None]:
         raise
 
 
-def _carry_out(run: LocatedRun, tracked: list[Any]) -> tuple[dict[str, float], str | None]:
+def _follow(run: LocatedRun) -> RunResult:
+    """The part of a process that is not the first: its rows of every step. What is to be said, the first says."""
+    from saferlhf.run.stages import fit
+    from saferlhf.run.trainer import quiet_lightning
+    from saferlhf.tracking.base import NullLogger
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # while it trains it listens; else the first ends it
+    screen.silence()
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until this process ends
+    quiet_lightning()
+    with assembled(run.config) as processes:
+        try:
+            run = replace(run, folder=RunFolder(Path(told(processes, ""))))
+            prepared = _prepare_together(run, processes)
+            processes.each(prepared.task.configure_model)
+            fit(prepared, NullLogger())
+        except (Interrupted, KeyboardInterrupt, SystemExit):  # the first was asked too, and keeps what there is
+            pass
+        except Exception as trouble:
+            await_the_end(trouble)
+    return RunResult(run.folder.path, {})
+
+
+def _prepare_together(run: LocatedRun, processes: Processes) -> PreparedRun:
+    """Rows, tokenizer and task; trouble of any process is raised in all."""
+    from saferlhf.run.stages import prepare
+
+    found: list[PreparedRun] = []
+    processes.each(lambda: found.append(prepare(run)))
+    return found[0]
+
+
+def _carry_out(run: LocatedRun, tracked: list[Any], processes: Processes) -> tuple[dict[str, float], str | None]:
     """The stages; the tracker goes into `tracked` as soon as there is one. Final metrics, and how to compare runs."""
-    from saferlhf.run.stages import evaluate_run, export_run, fit, prepare
+    from saferlhf.run.stages import evaluate_run, export_run, fit
     from saferlhf.training.checkpoint import discard_checkpoints, seconds_trained
 
     folder = run.folder
     _remove_drafts(folder)
     _write_config(run)
-    prepared = prepare(run)
+    told(processes, str(folder.path))
+    prepared = _prepare_together(run, processes)
     # now already: whoever stops the run, or finds it failed, may want to know what it was fed
     write_json(folder.path / "data_report.json", prepared.rows.report.to_dict())
     tracker = prepared.start_tracking()
     tracked.append(tracker)
     tracker.log_artifact(folder.path / "data_report.json")
+    if processes.size > 1:  # so that a model that cannot be built is one line, not several
+        processes.each(prepared.task.configure_model)
     prepared.show_plan()
     started, before = time.monotonic(), seconds_trained(folder)
     fit(prepared, tracker)

@@ -15,6 +15,8 @@ import lightning as L
 
 from saferlhf.config.run_folder import RunFolder
 from saferlhf.config.schema import TrainConfig
+from saferlhf.evaluation.processes import Processes
+from saferlhf.training.strategy import build_strategy
 
 
 def rows_per_step(config: TrainConfig) -> int:
@@ -50,9 +52,13 @@ def build_trainer(
 ) -> L.Trainer:
     """A trainer that does what the config says and nothing by itself."""
     quiet_lightning()
+    processes = Processes.current()
     return L.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
+        num_nodes=max(1, processes.size // config.trainer.devices),
+        strategy=build_strategy(config),
+        inference_mode=config.strategy.name != "fsdp",  # shards are gathered into tensors that training uses too
         precision=config.trainer.precision,  # type: ignore[arg-type]
         max_epochs=1,
         val_check_interval=validation_interval(config, steps),

@@ -8,6 +8,9 @@ taken over all micro-batches and processes, so neither micro-batch size, padding
 (trap 6 of docs/architecture.md). Each micro-batch is backpropagated at once, scaled by the count of the whole step. The
 gradient is clipped once, over the whole step. All numbers of a step leave the device together, after its last backward
 pass: one wait per step, not one per micro-batch.
+
+Of several processes each runs its rows of the step; gradients, logged means and validation rows are brought together,
+and what goes wrong in one is raised in all.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +26,15 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedTokenizerBase
 
 from saferlhf.config.schema import TrainConfig
 from saferlhf.data.batches import AnswerBatch, PairBatch, TokenBatch, tokens_of
 from saferlhf.data.loader import EvalBatch, StepBatch
 from saferlhf.errors import TrainingDiverged, UserError
+from saferlhf.evaluation.processes import Processes
 from saferlhf.models.adapters import add_lora
 from saferlhf.models.backbone import load_backbone
 from saferlhf.models.features import trunk_id
@@ -149,10 +156,11 @@ class SupervisedTask(L.LightningModule, ABC):
         total = max(1, self._global_sum(sum(self.count(micro) for micro in batch)))
         optimizer.zero_grad()
         sums: list[dict[str, Tensor]] = []
-        for micro in batch:
+        for number, micro in enumerate(batch, 1):
             loss, more = self.loss_sum(micro)
-            # gradients are averaged over processes, so each gives its sum times their number
-            self.manual_backward(loss * (self.trainer.world_size / total))
+            with nullcontext() if number == len(batch) else self._gradients_kept():
+                # gradients are averaged over processes, so each gives its sum times their number
+                self.manual_backward(loss * (self.trainer.world_size / total))
             sums.append({"loss": loss.detach(), **more})
         norm = self._clip(optimizer)
         stats = self._step_stats(batch, sums, norm, total)
@@ -161,11 +169,20 @@ class SupervisedTask(L.LightningModule, ABC):
         schedule.step()
         self._log_step(stats)
 
+    def _gradients_kept(self) -> AbstractContextManager[None]:
+        """Under ddp gradients are exchanged with the last micro-batch's, all at once."""
+        no_sync = getattr(self.trainer.strategy.model, "no_sync", None)
+        return no_sync() if no_sync is not None else nullcontext()
+
     def _clip(self, optimizer: Any) -> Tensor:
         """Clip the gradient of the whole step; its norm before that."""
         limit = self.config.trainer.gradient_clip
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        return torch.nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf"))
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        if isinstance(norm, DTensor):  # each device knows the norm of its share
+            norm = norm.full_tensor()
+        clip_grads_with_norm_(trained, limit if limit is not None else float("inf"), norm)
+        return norm
 
     def _step_stats(
         self, batch: StepBatch[Any], sums: Sequence[Mapping[str, Tensor]], norm: Tensor, total: int
@@ -174,27 +191,40 @@ class SupervisedTask(L.LightningModule, ABC):
         flat = torch.stack([value.float() for micro in sums for value in micro.values()] + [norm.float()]).tolist()
         names = list(sums[0])
         rows = [dict(zip(names, flat[i * len(names) :], strict=False)) for i in range(len(sums))]
-        for micro, row in zip(batch, rows, strict=True):
-            if not math.isfinite(row["loss"]):
-                raise self._diverged(f"the loss became {row['loss']}", [micro])
-        if not math.isfinite(flat[-1]):
-            raise self._diverged(f"the gradient's norm became {flat[-1]}", list(batch))
-        return {**{name: sum(row[name] for row in rows) / total for name in names}, "grad_norm": flat[-1]}
+        found = self._global_sums({name: sum(row[name] for row in rows) for name in names})
+        if not (math.isfinite(found["loss"]) and math.isfinite(flat[-1])):
+            raise self._diverged([(micro, row["loss"]) for micro, row in zip(batch, rows, strict=True)], flat[-1])
+        return {**{name: value / total for name, value in found.items()}, "grad_norm": flat[-1]}
 
-    def _diverged(self, what: str, batches: Sequence[Batch]) -> TrainingDiverged:
-        tokens = [tokens_of(batch) for batch in batches]
+    def _diverged(self, losses: Sequence[tuple[Batch, float]], norm: float) -> TrainingDiverged:
+        """What became of the step, and of which rows, on whichever process; all must call this."""
+        bad = [(batch, loss) for batch, loss in losses if not math.isfinite(loss)]
+        what = f"the loss became {bad[0][1]}" if bad else f"the gradient's norm became {norm}"
+        tokens = [tokens_of(batch) for batch, _ in (bad[:1] or losses)]
         ids = list(dict.fromkeys(row_id for batch in tokens for row_id in batch.row_ids))
+        everywhere = Processes.current().each(lambda: (not bad, what, ids))
+        _, what, ids = min(everywhere, key=lambda found: found[0])  # a loss says more than the norm that it spoils
         return TrainingDiverged(
             f"{what} in step {self.global_step + 1} of {self.inputs.total_steps}",
             "rows " + ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else ""),
             "lower optimizer.lr, or look at these rows",
         )
 
+    def _global_sums(self, values: Mapping[str, float]) -> dict[str, float]:
+        if self.trainer.world_size == 1:
+            return dict(values)
+        sums = torch.tensor(list(values.values()), dtype=torch.float64, device=self._meeting_place())
+        return dict(zip(values, self.trainer.strategy.reduce(sums, reduce_op="sum").tolist(), strict=True))
+
     def _global_sum(self, value: int) -> int:
         if self.trainer.world_size == 1:
             return value
-        total = torch.tensor(value, device=self.device)
+        total = torch.tensor(value, device=self._meeting_place())
         return int(self.trainer.strategy.reduce(total, reduce_op="sum"))
+
+    def _meeting_place(self) -> torch.device:
+        """Where numbers of several processes are added; weights may lie elsewhere."""
+        return self.trainer.strategy.root_device
 
     def _log_step(self, stats: dict[str, float]) -> None:
         """Means over the steps since the last log; the learning rate is the current one."""
@@ -211,17 +241,27 @@ class SupervisedTask(L.LightningModule, ABC):
     # -------------------------------------------------------------------------------------------- evaluation
     def validation_step(self, batch: EvalBatch[Any], batch_idx: int) -> None:
         """Collect scores; metrics come from all of them at once."""
-        self._outputs.append(self.outputs(batch.batch))
+        self._outputs.append({"rows": torch.from_numpy(batch.indices), **self.outputs(batch.batch)})
 
     def on_validation_epoch_end(self) -> None:
         """Metrics over the whole validation split."""
-        found = self.validation_metrics(self._outputs).items()
+        found = self.validation_metrics([self._whole_pass()]).items()
         metrics = {f"val/{name}": value for name, value in found if value is not None}
         self._outputs = []
         self.last_validation = metrics
         if not self.trainer.sanity_checking:
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=self.global_step)
+
+    def _whole_pass(self) -> dict[str, Tensor]:
+        """What all processes found, in the order of the rows, so that their number does not change the metrics."""
+        batches = [batch for part in Processes.current().each(lambda: self._outputs) for batch in part]
+        rows = torch.cat([batch["rows"] for batch in batches])
+        if len(rows.unique()) != len(rows):
+            raise ValueError(f"{len(rows)} results of {len(rows.unique())} rows came together")
+        order = rows.argsort()
+        names = [name for name, value in batches[0].items() if isinstance(value, Tensor)]
+        return {name: torch.cat([torch.atleast_1d(batch[name]) for batch in batches])[order] for name in names}
 
     # -------------------------------------------------------------------------------------------- checkpoint
     def trained_names(self) -> set[str]:

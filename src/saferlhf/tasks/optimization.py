@@ -36,6 +36,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     if config.name == "adamw":
         # one kernel for all tensors of a group: on CPU the tiny backbone's step is bound by Python otherwise
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr)
     import bitsandbytes as bnb
 
     kinds = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}

@@ -3,6 +3,8 @@
 What a checkpoint holds beside Lightning's own (trained weights, optimizer, schedule, loops, the stream's cursor): the
 state of every random generator, restored last, since loading itself may draw numbers, and whether the validation that
 is due at its step was done.
+
+Of several processes the first writes, and decides when. Whichever is asked to stop, all do, after the same step.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from saferlhf.config.run_folder import RunFolder
 from saferlhf.config.schema import CheckpointConfig
 from saferlhf.errors import UserError
+from saferlhf.evaluation.processes import Processes
 from saferlhf.training.stop import GracefulStop, StopRequested
 
 PATTERN = "step-*.ckpt"
@@ -100,41 +103,31 @@ def _flush_folder(folder: Path) -> None:
 
 
 class RandomState(L.Callback):
-    """Random generators in and out of checkpoints."""
+    """Random generators in and out of checkpoints: of several processes each its own.
+
+    A process that was not there when the state was saved keeps the generators it has.
+    """
 
     def __init__(self) -> None:
         self._to_restore: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of Python's, NumPy's and PyTorch's generators, as plain data."""
-        if self._to_restore is not None:  # saved again before training went on
-            return self._to_restore
-        version, internal, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-        state: dict[str, Any] = {
-            "python": {"version": version, "internal": list(internal), "gauss": gauss},
-            "numpy": {
-                "name": str(name),
-                "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-                "position": int(position),
-                "has_gauss": int(has_gauss),
-                "cached": float(cached),
-            },
-            "torch": torch.get_rng_state(),
-        }
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state_all()
-        return state
+        """The state of Python's, NumPy's and PyTorch's generators, as plain data; several processes must all ask."""
+        processes = Processes.current()
+        own = self._to_restore if self._to_restore is not None else _generators(processes.size == 1)
+        return own if processes.size == 1 else {"processes": processes.each(lambda: own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training goes on."""
-        self._to_restore = state_dict
+        states = state_dict.get("processes", [state_dict])
+        rank = Processes.current().rank
+        self._to_restore = states[rank] if rank < len(states) else None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Restore when everything else is loaded and set up, just before the first step."""
-        state, self._to_restore = self._to_restore, None
+        state, self._to_restore = self._to_restore, None  # saved again before training went on: as it came
         if state is None:
             return
         python, numpy = state["python"], state["numpy"]
@@ -142,8 +135,32 @@ class RandomState(L.Callback):
         keys = numpy["keys"].numpy().astype(np.uint32)
         np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
         torch.set_rng_state(state["torch"])
-        if "cuda" in state and torch.cuda.is_available():
+        if "cuda" not in state or not torch.cuda.is_available():
+            return
+        if Processes.current().size > 1:
+            torch.cuda.set_rng_state(state["cuda"][0])
+        else:
             torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+
+
+def _generators(all_devices: bool) -> dict[str, Any]:
+    """The state of this process's generators; of the current device, or of all."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": {"version": version, "internal": list(internal), "gauss": gauss},
+        "numpy": {
+            "name": str(name),
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all() if all_devices else [torch.cuda.get_rng_state()]
+    return state
 
 
 class RunCheckpoint(L.Callback):
@@ -180,18 +197,18 @@ class RunCheckpoint(L.Callback):
         """Every batch is a whole optimizer step, so the state here is never torn."""
         step = trainer.global_step
         every_steps, every_minutes = self.config.every_steps, self.config.every_minutes
-        due = every_steps is not None and step % every_steps == 0
-        if every_minutes is not None and time.monotonic() - self._last_save >= 60 * every_minutes:
-            due = True
-        if due:
+        late = every_minutes is not None and time.monotonic() - self._last_save >= 60 * every_minutes
+        due, asked = _of_any(trainer, late and trainer.is_global_zero, self.stop())
+        if due or (every_steps is not None and step % every_steps == 0):
             self.save(trainer)
-        self._end_if_asked(trainer)
+        self._end_if(trainer, asked)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """A validation can take longer than the system waits between SIGTERM and SIGKILL."""
-        self._end_if_asked(trainer)
+        (asked,) = _of_any(trainer, self.stop())
+        self._end_if(trainer, asked)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on a saved state needs no validation on resume."""
@@ -211,7 +228,7 @@ class RunCheckpoint(L.Callback):
 
     # -------------------------------------------------------------------------------------------- saving
     def save(self, trainer: L.Trainer) -> None:
-        """Write the current state unless it is on disk already; then drop the oldest beyond `keep`.
+        """Write the current state unless it is on disk already; then drop the oldest beyond `keep`. All must call this.
 
         Raises:
             UserError: the disk refuses; the previous checkpoint is still there.
@@ -234,12 +251,14 @@ class RunCheckpoint(L.Callback):
         now = time.monotonic()
         self._trained_s += now - self._last_save
         self._saved_step, self._last_save = step, now
+        if not trainer.is_global_zero:
+            return
         self.folder.update_status(trained_s=round(self._trained_s, 1))
         for old in sorted(self.folder.checkpoints.glob(PATTERN))[: -self.config.keep]:
             old.unlink()
 
-    def _end_if_asked(self, trainer: L.Trainer) -> None:
-        if self.stop():
+    def _end_if(self, trainer: L.Trainer, asked: bool) -> None:
+        if asked:
             self.save(trainer)
             raise StopRequested
 
@@ -248,6 +267,14 @@ class RunCheckpoint(L.Callback):
         if not trainer.enable_validation or not isinstance(interval, int):
             return False
         return trainer.global_step % interval == 0 and self._validated_step != trainer.global_step
+
+
+def _of_any(trainer: L.Trainer, *flags: bool) -> list[bool]:
+    """Each flag: whether any process has it raised; all must ask."""
+    if trainer.world_size == 1:
+        return list(flags)
+    raised = torch.tensor(flags, dtype=torch.int32, device=trainer.strategy.root_device)
+    return [bool(flag) for flag in trainer.strategy.reduce(raised, reduce_op="sum").tolist()]
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -22,9 +22,14 @@ class StopRequested(Exception):
 
 
 class GracefulStop:
-    """A context in which the first signal is a request, and the second an interrupt."""
+    """A context in which the first signal is a request, and the second an interrupt.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: another process says that the request was heard.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.requested: str | None = None
         self._previous: dict[int, Any] = {}
 
@@ -58,7 +63,10 @@ class GracefulStop:
         if self.requested is not None:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        print(f"\n{self.requested}: saving after this step (once more to stop at once)", file=sys.stderr, flush=True)
+        if not self.quiet:
+            print(
+                f"\n{self.requested}: saving after this step (once more to stop at once)", file=sys.stderr, flush=True
+            )
 
 
 @contextmanager
