@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,7 +54,7 @@ def test_converted_once_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(gguf, "_convert", convert)
     with pytest.raises(OSError, match="disk full"):
         converted_folder(file, tmp_path / "cache")
-    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+    assert [path.suffix for path in (tmp_path / "cache" / "gguf").iterdir()] == [".lock"]
     first = converted_folder(file, tmp_path / "cache")
     assert converted_folder(file, tmp_path / "cache") == first
     assert len(calls) == 2
@@ -60,20 +62,24 @@ def test_converted_once_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     assert converted_folder(file, tmp_path / "cache") != first, "another content, another folder"
 
 
-def test_the_second_of_two_converters_drops_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_that_ask_at_once_one_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for it; what a killed process left half is replaced."""
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
+    calls: list[Path] = []
 
     def convert(_: Path, draft: Path) -> None:
-        (draft / "config.json").write_text("mine")
-        rival = draft.parent / draft.name.removeprefix(".").rpartition(".")[0]
-        rival.mkdir()
-        (rival / "config.json").write_text("the other's")
+        calls.append(draft)
+        time.sleep(0.3)
+        (draft / "config.json").write_text("{}")
 
     monkeypatch.setattr(gguf, "_convert", convert)
-    folder = converted_folder(file, tmp_path / "cache")
-    assert (folder / "config.json").read_text() == "the other's"
-    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: converted_folder(file, tmp_path / "cache"), range(4)))
+    assert len(calls) == 1 and len(set(folders)) == 1
+    (folders[0] / "config.json").rename(folders[0] / "tokenizer.json")
+    assert (converted_folder(file, tmp_path / "cache") / "config.json").is_file()
+    assert not (folders[0] / "tokenizer.json").exists()
 
 
 def test_digits_are_split_before_byte_pairs(tmp_path: Path) -> None:

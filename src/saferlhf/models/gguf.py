@@ -77,7 +77,8 @@ def _converted(file: Path, draft: Path, target: Path) -> None:
     try:
         _convert(file, draft)
         apply_umask(draft)
-        shutil.rmtree(target, ignore_errors=True)  # one without a config is of no use
+        if target.is_dir() and not (target / "config.json").is_file():
+            shutil.rmtree(target)  # of no use to anybody
         draft.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
