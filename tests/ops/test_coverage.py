@@ -448,7 +448,8 @@ def test_equals_are_rarely_called_different(name: str) -> None:
 @pytest.mark.slow
 def test_the_permutation_test_of_equals_is_right_at_every_level() -> None:
     for level in (0.01, 0.05, 0.1, 0.2):
-        noise = 2 * np.sqrt(level * (1 - level) / REPETITIONS)
+        # three standard deviations: four levels are looked at, and ties make it a little too careful
+        noise = 3 * np.sqrt(level * (1 - level) / REPETITIONS)
         assert (null().p <= level).mean() == pytest.approx(level, abs=noise), level
 
 
