@@ -30,6 +30,7 @@ import yaml
 
 from saferlhf.evaluation.drift import Drift
 from saferlhf.evaluation.drift_report import drift_markdown, drift_png
+from saferlhf.evaluation.protocol_results import best_peer, number
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -144,8 +145,8 @@ def _overview(models: Sequence[tuple[Measured, Sequence[Mapping[str, Any]]]], na
         some = next(found[0] for found in mine if found)
         cells = [f"[{name}](#{name})", f"`{some['metric']}`", _rows(some)]
         cells += [_value([r["values"].get(r["metric"], {}) for r in found], bold=True) for found in mine]
-        cells.append(_number(some["values"].get(some["metric"], {}).get("tfidf")))
-        lines.append(_row([*cells, _peer(_best_peer(some), some)]))
+        cells.append(number(some["values"].get(some["metric"], {}).get("tfidf")))
+        lines.append(_row([*cells, _peer(best_peer(some), some)]))
     return lines
 
 
@@ -168,7 +169,7 @@ def _section(name: str, models: Sequence[tuple[Measured, Sequence[Mapping[str, A
     for model, found in all_runs:
         for metric in found[0]["values"] if found else ():
             values = [r["values"].get(metric, {}) for r in found]
-            beside = [_number(values[0].get(b)) for b in shown]
+            beside = [number(values[0].get(b)) for b in shown]
             lines.append(
                 _row([f"**{model.heading}**", f"`{metric}`", _value(values, bold=True), *beside, "measured here"])
             )
@@ -177,7 +178,7 @@ def _section(name: str, models: Sequence[tuple[Measured, Sequence[Mapping[str, A
         note = f"; {peer['note']}" if peer["note"] else ""
         metric = f"`{peer['metric'] or some['metric']}`"
         source = f"{by}, {peer['source']} ({peer['mark']}){note}"
-        lines.append(_row([peer["model"], metric, _number(peer["value"]), *("" for _ in shown), source]))
+        lines.append(_row([peer["model"], metric, number(peer["value"]), *("" for _ in shown), source]))
     return lines
 
 
@@ -207,13 +208,8 @@ def _results(name: str, runs: Sequence[Mapping[str, Any]]) -> list[Result]:
     return [result for run in runs for result in run["results"] if result["protocol"] == name]
 
 
-def _best_peer(result: Result) -> Mapping[str, Any] | None:
-    same = [p for p in result["peers"] if (p["metric"] or result["metric"]) == result["metric"]]
-    return max((p for p in same if p["mark"] != "measured"), key=lambda p: float(p["value"]), default=None)
-
-
 def _peer(peer: Mapping[str, Any] | None, result: Result) -> str:
-    return "" if peer is None else f"{_number(peer['value'])} {peer['model']}"
+    return "" if peer is None else f"{number(peer['value'])} {peer['model']}"
 
 
 def _rows(result: Result) -> str:
@@ -227,17 +223,13 @@ def _value(values: Sequence[Mapping[str, float]], bold: bool = False) -> str:
     known = [value for value in values if "value" in value]
     if not known:
         return "-"
-    mean = _number(statistics.fmean(value["value"] for value in known))
+    mean = number(statistics.fmean(value["value"] for value in known))
     text = f"**{mean}**" if bold else mean
     if "low" in known[0] and "high" in known[0]:
         text += f" ({known[0]['low']:.3f} .. {known[0]['high']:.3f})"
     if len(known) > 1:
         text += f", seeds {min(v['value'] for v in known):.3f} to {max(v['value'] for v in known):.3f}"
     return text
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _sentence(text: str) -> str:

@@ -107,9 +107,9 @@ def test_trouble_that_the_first_does_not_know_of_comes_out(monkeypatch: pytest.M
 def test_stages_start_their_processes_with_all_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """`python -m saferlhf.cli train x=1` has taken `train` off its words by then."""
     monkeypatch.setattr(sys, "argv", ["cli.py", "x=1"])
-    with module._words_for_children():
+    with module._words_for_children("train"):
         assert sys.argv == ["cli.py", "x=1"]
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", type("Spec", (), {"name": "saferlhf.cli"})())
-    with module._words_for_children():
+    with module._words_for_children("train"):
         assert sys.argv == ["cli.py", "train", "x=1"]
     assert sys.argv == ["cli.py", "x=1"]

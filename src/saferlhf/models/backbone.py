@@ -270,7 +270,7 @@ def _finish(
     if cfg.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError("this architecture has no gradient checkpointing", f"backbone={cfg.name}", "switch it off")
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     model.train()
 
 
@@ -286,7 +286,7 @@ def check_pad_token(model: Any, pad_token_id: int) -> None:
         )
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Recompute activations in backward; the reentrant kind would lose gradients of adapters on a frozen embedding."""
     if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.23 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

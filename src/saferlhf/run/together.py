@@ -20,6 +20,7 @@ from saferlhf.config.run_folder import RunFolder
 from saferlhf.errors import UserError
 from saferlhf.evaluation.processes import Processes
 from saferlhf.run import screen
+from saferlhf.training.processes import launched, started_by_torchrun
 
 
 def joined(config: EvaluateConfig) -> Processes:
@@ -29,7 +30,7 @@ def joined(config: EvaluateConfig) -> Processes:
         UserError: the launcher started another number of processes than `trainer.devices` says.
     """
     present = Processes.current()
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    started = started_by_torchrun()
     devices = config.trainer.devices
     if devices == 1:
         devices = started
@@ -38,19 +39,10 @@ def joined(config: EvaluateConfig) -> Processes:
     if started not in (1, devices):
         what = f"{started} processes were started and trainer.devices is {devices}"
         raise UserError(what, "trainer.devices", "leave it out: the number of processes says it")
-    from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments import SLURMEnvironment
-
     from saferlhf.run.trainer import quiet_lightning
 
     quiet_lightning()
-    nodes = 1
-    if started > 1:
-        nodes = int(os.environ["WORLD_SIZE"]) // started
-    elif SLURMEnvironment.detect():
-        nodes = int(os.environ.get("SLURM_NNODES", "1"))
-    fabric = Fabric(accelerator=config.trainer.accelerator, devices=devices, num_nodes=nodes, strategy="ddp")
-    fabric.launch()
+    launched(config.trainer.accelerator, devices, command="evaluate")
     processes = Processes.current()
     if not processes.first:
         _be_silent()

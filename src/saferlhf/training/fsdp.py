@@ -31,7 +31,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from saferlhf.config.schema import StrategyConfig
-from saferlhf.models.backbone import _checkpoint_activations as checkpoint_activations
+from saferlhf.models.backbone import checkpoint_activations
 from saferlhf.models.causal import unwrapped
 from saferlhf.models.layers import blocks_of
 

@@ -29,7 +29,7 @@ STARTED_WITH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_
 
 def has_several(config: TrainConfig) -> bool:
     """Whether the config asks for more than one process; `torchrun` may have started more on other machines."""
-    return config.strategy.name != "single" and (config.trainer.devices > 1 or _started() > 1)
+    return config.strategy.name != "single" and (config.trainer.devices > 1 or started_by_torchrun() > 1)
 
 
 def comes_first(config: TrainConfig) -> bool:
@@ -97,7 +97,7 @@ def await_the_end(trouble: BaseException) -> None:
     raise trouble
 
 
-def _started() -> int:
+def started_by_torchrun() -> int:
     """Processes that `torchrun` has started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
@@ -105,7 +105,7 @@ def _started() -> int:
 def _check_number(config: TrainConfig) -> None:
     import torch
 
-    devices, started = config.trainer.devices, _started()
+    devices, started = config.trainer.devices, started_by_torchrun()
     if started not in (1, devices):
         what = f"{started} processes were started and trainer.devices is {devices}"
         raise UserError(what, "trainer.devices", f"trainer.devices={started}")
@@ -118,36 +118,50 @@ def _check_number(config: TrainConfig) -> None:
 def _join(config: TrainConfig) -> Sequence[subprocess.Popen[bytes]]:
     """Meet the other processes; those that were started here."""
     import torch
+
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    # norms of gradients that lie in the host's memory are added there
+    backend = "cpu:gloo,cuda:nccl" if on_gpu and config.strategy.cpu_offload else None
+    return launched(config.trainer.accelerator, config.trainer.devices, command="train", backend=backend)
+
+
+def launched(
+    accelerator: str, devices: int, *, command: str, backend: str | None = None
+) -> Sequence[subprocess.Popen[bytes]]:
+    """Meet the other processes of this command; those that were started here.
+
+    Args:
+        accelerator, devices: as in `trainer`, of each machine.
+        command: train | evaluate, for those that are started here.
+        backend: of the process group; None: the accelerator's.
+    """
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import SLURMEnvironment
     from lightning.fabric.strategies import DDPStrategy
 
     nodes = 1
-    if _started() > 1:
-        nodes = int(os.environ["WORLD_SIZE"]) // _started()
+    if started_by_torchrun() > 1:
+        nodes = int(os.environ["WORLD_SIZE"]) // started_by_torchrun()
     elif SLURMEnvironment.detect():
         nodes = int(os.environ.get("SLURM_NNODES", "1"))
-    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-    # norms of gradients that lie in the host's memory are added there
-    backend = "cpu:gloo,cuda:nccl" if on_gpu and config.strategy.cpu_offload else None
     fabric = Fabric(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
+        accelerator=accelerator,
+        devices=devices,
         num_nodes=nodes,
         strategy=DDPStrategy(process_group_backend=backend),
     )
-    with _words_for_children():
+    with _words_for_children(command):
         fabric.launch()
     return tuple(getattr(fabric.strategy.launcher, "procs", ()))
 
 
 @contextmanager
-def _words_for_children() -> Iterator[None]:
-    """`python -m saferlhf.cli train ...`, as stages and runs of sweeps are started: without `train` no command."""
+def _words_for_children(command: str) -> Iterator[None]:
+    """`python -m saferlhf.cli train ...`, as stages and runs of sweeps are started: the word is needed again."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     words = list(sys.argv)
     if getattr(spec, "name", "") == "saferlhf.cli":
-        sys.argv.insert(1, "train")
+        sys.argv.insert(1, command)
     try:
         yield
     finally:
