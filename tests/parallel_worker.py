@@ -70,6 +70,8 @@ def trained(job: dict[str, Any], processes: Processes) -> dict[str, Any]:
     found: dict[str, Any] = {"folder": str(run.folder.path)}
     if job.get("spoil"):
         spoil(prepared.task, job["spoil"], found, processes)
+    if hasattr(prepared.task, "sample"):
+        found["samples"] = watched_samples(prepared.task)
     try:
         stages.fit(prepared, NullLogger())
     except Interrupted as stop:
@@ -84,6 +86,21 @@ def trained(job: dict[str, Any], processes: Processes) -> dict[str, Any]:
     if processes.first:
         found["weights"] = {k: v.detach().cpu().clone() for k, v in prepared.task.model.state_dict().items()}
     return found
+
+
+def watched_samples(task: Any) -> list[list[tuple[str, int, list[int]]]]:
+    """Row, number and tokens of every response that an online task samples from now on, rollout by rollout."""
+    seen: list[list[tuple[str, int, list[int]]]] = []
+    sample = task.sample
+
+    def watched(*args: Any) -> Any:
+        found = sample(*args)
+        tokens = [ids[mask].tolist() for ids, mask in zip(found.input_ids, found.response_mask, strict=True)]
+        seen.append(list(zip(found.row_ids, found.sample.tolist(), tokens, strict=True)))
+        return found
+
+    task.sample = watched
+    return seen
 
 
 def spoil(task: Any, step: int, found: dict[str, Any], processes: Processes) -> None:

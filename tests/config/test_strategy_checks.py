@@ -23,10 +23,11 @@ def made(*overrides: str) -> TrainConfig:
 
 REFUSED = [
     (["task=reward", "trainer.devices=2"], "strategy=single cannot use 2 devices", "strategy=ddp"),
-    ([*PPO, "strategy=ddp", "trainer.devices=2"], "ppo runs on one device so far", "strategy=single"),
-    (["task=probe", "strategy=fsdp"], "probe runs on one device so far", "strategy=single"),
+    ([*PPO, "strategy=ddp", "trainer.devices=2", "rollout=vllm"], "rollout=vllm samples for one device", "native"),
+    ([*PPO, "strategy=fsdp", "trainer.devices=8", "rollout.prompts=6"], "6 prompts per rollout for 8 devices", "use 8"),
+    (["task=probe", "strategy=fsdp"], "a probe is fitted on one device", "strategy=single"),
     (["task=sft", "strategy=ddp", "trainer.devices=3"], "32 rows per step cannot be dealt evenly", "multiple of 3"),
-    (["task=reward", "strategy=fsdp", *QLORA], "4-bit weights cannot be sharded", "strategy=ddp"),
+    (["task=reward", "strategy=fsdp", "strategy.shard_packed=true"], "there are no 4-bit weights", "quantization=nf4"),
     (["task=cost", "strategy=fsdp", "optimizer=adamw_8bit"], "cut through", "strategy=ddp"),
     (["task=cost", "strategy=fsdp", "optimizer=paged_adamw_8bit"], "cut through", "optimizer=adamw"),
     (["task=reward", "strategy=ddp", "task.head_start=linear_probe"], "task.head_start works on one device", "default"),
@@ -36,8 +37,8 @@ REFUSED = [
         "adapter.cache_frozen works on one device",
         "default",
     ),
-    (["task=sft", "strategy=fsdp", "trainer.devices=4", "strategy.replicas=3"], "3 copies", "divisor"),
-    (["task=sft", "strategy=fsdp", "strategy.replicas=0"], "strategy.replicas", ""),
+    (["task=sft", "strategy=hsdp", "trainer.devices=4", "strategy.replicas=3"], "3 copies", "divisor"),
+    (["task=sft", "strategy=hsdp", "strategy.replicas=0"], "strategy.replicas", ""),
     (["task=sft", "strategy=fsdp", "strategy.reduce_dtype=float16"], "strategy.reduce_dtype", "bfloat16"),
     (["task=sft", "strategy.name=dpp"], "strategy.name", "ddp"),
 ]
@@ -56,11 +57,20 @@ def test_refused(overrides: list[str], what: str, mend: str) -> None:
         ["strategy=ddp", "trainer.devices=4", *QLORA],
         ["strategy=ddp", "optimizer=adamw_8bit"],
         ["strategy=fsdp", "strategy.cpu_offload=true"],
-        ["strategy=fsdp", "trainer.devices=8", "strategy.replicas=2", "backbone=smollm2", "adapter=lora"],
+        ["strategy=fsdp", "trainer.devices=4", *QLORA],
+        ["strategy=fsdp", "strategy.shard_packed=true", *QLORA],
+        ["strategy=hsdp", "trainer.devices=8", "backbone=smollm2", "adapter=lora"],
     ],
 )
 def test_allowed(overrides: list[str]) -> None:
-    made("task=reward", *overrides)
+    found = made("task=reward", *overrides)
+    assert f"strategy={found.strategy.name}" in overrides
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
+def test_online_tasks_are_allowed_and_prompts_need_not_divide(strategy: str) -> None:
+    found = made(*PPO, f"strategy={strategy}", "trainer.devices=2", "rollout.prompts=7", "trainer.batch_size=33")
+    assert found.strategy.sharded == (strategy != "ddp")
 
 
 def test_the_strategy_is_no_part_of_a_run(tmp_path: Path) -> None:
@@ -76,4 +86,6 @@ def test_the_strategy_is_no_part_of_a_run(tmp_path: Path) -> None:
 def test_the_files_say_what_the_schema_says() -> None:
     """One place for each default."""
     for name in ("ddp", "fsdp"):
-        assert made("task=reward", f"strategy={name}").strategy == dataclasses.replace(StrategyConfig(name))
+        assert made("task=reward", f"strategy={name}").strategy == StrategyConfig(name)
+    hybrid = made("task=reward", "strategy=hsdp", "trainer.devices=2").strategy
+    assert hybrid == dataclasses.replace(StrategyConfig("hsdp"), replicas=2)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import NONE, backbone_config, folder_of, lora_config, metadata, padded, rows, stir
-from tiny_models import tokenizer as make_tokenizer
+from models.tiny_models import NONE, backbone_config, folder_of, lora_config, metadata, padded, rows, stir
+from models.tiny_models import tokenizer as make_tokenizer
 
 from saferlhf.config.roles_schema import CriticRoleConfig, PolicyRoleConfig, RolesConfig, ScoreRoleConfig
 from saferlhf.config.schema import AdapterConfig, QuantizationConfig

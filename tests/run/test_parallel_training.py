@@ -65,10 +65,17 @@ VARIANTS = {
     "fsdp, offloaded": ["strategy=fsdp", "strategy.cpu_offload=true"],
     "fsdp, less memory": ["strategy=fsdp", "strategy.activation_checkpointing=true"],
     "fsdp, more memory": ["strategy=fsdp", "strategy.reshard_after_forward=false"],
-    "fsdp, two copies": ["strategy=fsdp", "strategy.replicas=2"],
+    "hsdp, two copies": ["strategy=hsdp"],
     "fsdp, lower layers": ["strategy=fsdp", "task.layers=[1]"],
     "ddp, lower layers": ["strategy=ddp", "task.layers=[1]"],
     "fsdp, no clipping": ["strategy=fsdp", "trainer.gradient_clip=null", "optimizer.lr=0.02"],
+}
+
+
+PACKED = {
+    "ddp, packed": ["strategy=ddp"],
+    "fsdp, packed": ["strategy=fsdp"],
+    "fsdp, packed shards": ["strategy=fsdp", "strategy.shard_packed=true"],
 }
 
 
@@ -117,8 +124,9 @@ def jobs_of(place: Path) -> list[dict[str, Any]]:
         add(f"{strategy}, left", left, stop_after=8)
         bad = overrides_of(place, f"{strategy}-spoilt", "task=reward", *two)
         add(f"{strategy}, spoilt", bad, spoil=3)
-    packed = lora(place, "ddp-packed", "quantization=nf4", "adapter.dropout=0", *TWO["ddp"])
-    add("ddp, packed", packed)
+    for name, words in PACKED.items():
+        words = ["quantization=nf4", "adapter.dropout=0", "trainer.devices=2", *words]
+        add(name, lora(place, name.replace(", ", "-"), *words))
     for name, changed in VARIANTS.items():
         add(name, overrides_of(place, name.replace(", ", "-"), "task=reward", "trainer.devices=2", *changed))
     return jobs
@@ -204,9 +212,10 @@ def test_adapters_on_a_frozen_base(strategy: str, pair: Pair) -> None:
     assert names and all("lora_" in name or "heads." in name for name in names), "the frozen base is not in the file"
 
 
-def test_adapters_on_a_4_bit_base(pair: Pair) -> None:
+@pytest.mark.parametrize("name", PACKED)
+def test_adapters_on_a_4_bit_base(name: str, pair: Pair) -> None:
     words = ["quantization=nf4", "adapter.dropout=0"]
-    assert_close(pair, "ddp, packed", one_process(pair.place, "one-packed", lora(pair.place, "one-packed", *words)))
+    assert_close(pair, name, one_process(pair.place, "one-packed", lora(pair.place, "one-packed", *words)))
 
 
 @pytest.mark.parametrize("strategy", TWO)

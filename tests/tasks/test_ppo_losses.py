@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,6 +107,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=["token", "response", "kl in the loss"])
 def test_gradients_do_not_depend_on_the_split_or_the_padding(config: PpoConfig) -> None:
     whole = experience()
+    whole = replace(whole, weights=row_weights(whole.rollout.response_lengths, config.loss_mean))
     table, worth, means = gradients([whole], config)
     assert table.abs().max() > 0 and worth.abs().max() > 0
     for split in ([[0, 1], [2, 3, 4, 5]], [[5], [3], [0, 4], [2], [1]]):
@@ -120,13 +122,13 @@ def test_gradients_do_not_depend_on_the_split_or_the_padding(config: PpoConfig) 
 def test_weights_of_rows() -> None:
     part = experience()
     lengths = part.rollout.response_lengths
-    (token,) = row_weights([part], "token")
-    (response,) = row_weights([part], "response")
+    token, response = row_weights(lengths, "token"), row_weights(lengths, "response")
     assert token.tolist() == pytest.approx([1 / int(lengths.sum())] * len(part))
     assert (response * lengths).tolist() == pytest.approx([1 / len(part)] * len(part))
-    # over two micro-batches all the same
-    halves = row_weights([part.select([0, 1]), part.select([2, 3, 4, 5])], "response")
-    assert torch.cat(halves).tolist() == pytest.approx(response.tolist())
+    # a response without a token weighs nothing, and is not counted
+    lengths = torch.cat([lengths, torch.tensor([0])])
+    assert row_weights(lengths, "response").tolist() == pytest.approx([*response.tolist(), 0])
+    assert not row_weights(torch.tensor([0, 0]), "response").any()
 
 
 def test_one_token_by_hand() -> None:
@@ -151,6 +153,7 @@ def test_one_token_by_hand() -> None:
             values={"reward": torch.zeros(1, 4)},
             returns={"reward": torch.full((1, 4), 3.0) * mask},
             advantages=advantage * mask.float(),
+            weights=row_weights(rollout.response_lengths, "token"),
         )
         table, _, means = gradients([one], ppo())
         assert means["policy_loss"] == pytest.approx(loss, rel=1e-5)

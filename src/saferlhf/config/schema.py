@@ -196,21 +196,29 @@ class CheckpointConfig:
     keep: int = field(default=1, metadata=OUTSIDE_IDENTITY)
     # after a finished run the last checkpoint is only of use for longer training
     keep_when_finished: bool = field(default=False, metadata=OUTSIDE_IDENTITY)
+    # under SLURM: ask for the job to be started again once SIGUSR1 or SIGTERM has ended it and the state is saved
+    requeue: bool = field(default=False, metadata=OUTSIDE_IDENTITY)
 
 
 @dataclass
 class StrategyConfig:
-    """How the work is spread over devices: single | ddp | fsdp; none changes what is computed."""
+    """How the work is spread over devices: single | ddp | fsdp | hsdp; none changes what is computed."""
 
     name: str
     find_unused_parameters: Optional[bool] = None  # ddp; null: where the heads read lower layers
-    # fsdp
+    # fsdp, hsdp
     reshard_after_forward: bool = True
-    replicas: int = 1
+    replicas: int = 1  # hsdp
     cpu_offload: bool = False
     activation_checkpointing: bool = False
     gather_bf16: bool = False
     reduce_dtype: str = "float32"
+    shard_packed: bool = False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each device holds a share of the weights."""
+        return self.name in ("fsdp", "hsdp")
 
 
 @dataclass

@@ -241,6 +241,8 @@ def _from_export(
     root = cache_root(cache_dir)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="merged-", dir=root) as draft:
+        # of several processes each loads what it merged itself; transformers would write in the first alone
+        merged.should_save_on_this_rank = lambda is_main_process: is_main_process
         with quiet_transformers():
             merged.save_pretrained(draft)
         return load_pretrained(draft, cfg, quantization, lm_head=lm_head, device=device)

@@ -18,10 +18,10 @@ must find the same adapter: backpropagate inside `using`, or an error says so.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from saferlhf.models.modes import eval_mode
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.models.value_model import prefix_scores, token_values
 from saferlhf.ops.sequences import position_ids
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ class Roles(nn.Module):
         role = self._policy(name)
         with self.using(name), eval_mode(_run_by(role)), torch.no_grad():
             yield unwrapped(role.module)
+
+    def with_whole_weights(self, work: Callable[[], T]) -> T:
+        """Run work in which the actor decodes; a strategy that shards the weights gathers them for it, once."""
+        return work()
 
     # -------------------------------------------------------------------------------------------- what roles say
     def logits(self, name: str, input_ids: Tensor, attention_mask: Tensor, *, first: int = 0) -> Tensor:

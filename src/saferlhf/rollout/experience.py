@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from saferlhf.data.rows import Prompt
 from saferlhf.rollout.prompts import PromptTokens
@@ -136,8 +137,8 @@ class Experience:
         values: name of a critic -> (S, T).
         returns: name of a critic -> (S, T) what it is to predict.
         advantages: (S, T) what the policy is to be moved by.
-        weights: (S,) how much each response counts, 1 or 0: 0 where a scorer gave no score and the policy for failures
-            leaves it out.
+        weights: (S,) how much each response counts: 0 where a scorer gave no score and the policy for failures leaves
+            it out; in an optimizer step the weight of its sum over tokens.
     """
 
     rollout: Rollout
@@ -286,6 +287,33 @@ def _texts(flat: Sequence[Response], decode: Callable[[list[list[int]]], list[st
         return None
     decoded = iter(decode([list(response.token_ids) for response in missing]) if missing and decode else [])
     return tuple(next(decoded) if response.text is None else response.text for response in flat)
+
+
+def joined(parts: Sequence[Rollout], *, pad_token_id: int) -> Rollout:
+    """Several rollouts as one, in their order.
+
+    Args:
+        parts: at least one; they have texts all or none, but for empty ones.
+        pad_token_id: fills the rows of the narrower ones.
+    """
+    width = max(part.input_ids.shape[1] for part in parts)
+
+    def wide(name: str, fill: float = 0) -> Tensor:
+        found: list[Tensor] = [getattr(part, name) for part in parts]
+        return torch.cat([F.pad(some, (0, width - some.shape[1]), value=fill) for some in found])
+
+    texts = [part.responses for part in parts if len(part)]
+    return Rollout(
+        input_ids=wide("input_ids", pad_token_id),
+        attention_mask=wide("attention_mask"),
+        response_mask=wide("response_mask"),
+        logprobs=wide("logprobs"),
+        truncated=torch.cat([part.truncated for part in parts]),
+        row_ids=tuple(row_id for part in parts for row_id in part.row_ids),
+        sample=torch.cat([part.sample for part in parts]),
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        responses=None if None in texts else tuple(text for some in texts for text in some or ()),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ fields

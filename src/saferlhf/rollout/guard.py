@@ -65,6 +65,18 @@ class ScoringReport:
     failures: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
+    def __add__(self, other: ScoringReport) -> ScoringReport:
+        """Of both, say of two processes."""
+        return ScoringReport(
+            self.requests + other.requests,
+            self.empty + other.empty,
+            self.unscored + other.unscored,
+            self.retried + other.retried,
+            self.recovered + other.recovered,
+            self.failures + other.failures,
+            {**other.examples, **self.examples},
+        )
+
     def metrics(self, prefix: str) -> dict[str, float]:
         """`<prefix>/{unscored_share,empty_share,retried,recovered}`, and `failed_<kind>` of kinds that occurred."""
         if not self.requests:

@@ -86,7 +86,9 @@ class PreparedRun:
         self.task.configure_model()
         if self.config.trainer.precision == "bf16-true":
             self.task.to(torch.bfloat16)
-        self.task.load_state_dict(AtomicCheckpointIO().load_checkpoint(newest)["state_dict"], strict=False)
+        state = AtomicCheckpointIO().load_checkpoint(newest)
+        self.task.on_load_checkpoint(state)
+        self.task.load_state_dict(state["state_dict"], strict=False)
 
     def ui_command(self) -> str | None:
         """How to look at the tracked runs."""
@@ -202,7 +204,7 @@ def fit(prepared: PreparedRun, tracker: TrackingLogger) -> None:
                 f"{prepared.steps}, which is saved in {folder.path}: type the same command to go on"
             )
     part()
-    if config.strategy.name == "fsdp" and processes.first:
+    if config.strategy.sharded and processes.first:
         prepared.gather()
 
 
@@ -214,11 +216,11 @@ def _loaders(prepared: PreparedRun) -> tuple[StepLoader[Any], EvalLoader[Any] | 
     train_loader: StepLoader[Any] = StepLoader(
         prepared.encoded.train,
         batch_size=rows_per_step(config),
-        # a rollout is sampled as a whole
+        # a rollout is known as a whole to all processes
         micro_batch_size=None if online else micro_batch_size(config),
         total_steps=prepared.steps,
         seed=config.seed,
-        **share,
+        **({} if online else share),
     )
     if online or not len(val):
         return train_loader, None

@@ -58,7 +58,7 @@ def build_trainer(
         devices=config.trainer.devices,
         num_nodes=max(1, processes.size // config.trainer.devices),
         strategy=build_strategy(config),
-        inference_mode=config.strategy.name != "fsdp",  # shards are gathered into tensors that training uses too
+        inference_mode=not config.strategy.sharded,  # shards are gathered into tensors that training uses too
         precision=config.trainer.precision,  # type: ignore[arg-type]
         max_epochs=1,
         val_check_interval=validation_interval(config, steps),

@@ -8,32 +8,39 @@ RLOO and GRPO are it with another `advantage`. Formulas: `ops/shaping.py`, `ops/
 What differs from the reference code: lambda moves once per rollout, on the raw costs of all its responses; mini-batch
 epochs; log-probabilities of the old policy are computed anew by the very code that trains, so that the ratio and the
 divergence from the reference are exactly 1 and 0 at the first step; metrics are means over the whole update.
+
+Several processes share the work of every stage (`shares.py`): each holds the whole rollout and runs models on its part.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saferlhf.config.online_schema import GaeConfig
 from saferlhf.data.loader import StepBatch, StepLoader
+from saferlhf.data.templates import pad_id
 from saferlhf.errors import TrainingDiverged, UserError
+from saferlhf.evaluation.processes import Processes
 from saferlhf.ops.advantages import gae, group_advantages, moments, spread, whiten
 from saferlhf.ops.policy_losses import explained_variance, token_logprobs, value_moments
 from saferlhf.ops.shaping import clip_scores, kl_estimate, shape_rewards, truncated_scores
 from saferlhf.rollout.engines.mismatch import logprob_mismatch, refuse_mismatch
 from saferlhf.rollout.experience import Experience, Rollout, minibatch_indices
+from saferlhf.rollout.prompts import PromptTokens
 from saferlhf.rollout.truth_scorer import TruthScorer
 from saferlhf.tasks.online_base import OnlineTask
 from saferlhf.tasks.online_prompts import PromptBatch
-from saferlhf.tasks.online_scores import SignalScores, chunks
-from saferlhf.tasks.ppo_losses import UpdateSums, actor_backward, critic_backward, means_of, ptx_backward
+from saferlhf.tasks.online_scores import SignalScores
+from saferlhf.tasks.optimization import clip_gradients
+from saferlhf.tasks.ppo_losses import UpdateSums, actor_backward, critic_backward, means_of, ptx_backward, row_weights
+from saferlhf.tasks.shares import deal, sampled_by_all, told_of_all
 
 TOYWORLD = "toyworld"
 """Source of data whose truth is known."""
@@ -74,7 +81,7 @@ class ActorCriticTask(OnlineTask):
         sums = UpdateSums()
         stats["passes"] = float(self._passes(experience, number, sums))
         # 8. means over the whole update
-        stats |= means_of(sums, self.critics)
+        stats |= means_of(sums.over_all_processes(), self.critics)
         stats["lr"] = self._optimizers()[0].param_groups[0]["lr"]
         for schedule in self._schedules():
             schedule.step()
@@ -84,11 +91,20 @@ class ActorCriticTask(OnlineTask):
 
     def sample(self, batch: PromptBatch, number: int) -> Rollout:
         """Responses to the prompts of a batch; the noise belongs to (seed, number of the rollout, row, sample)."""
-        config = self.config.rollout
-        assert config is not None and self.roles is not None
-        with self.roles.causal("actor") as policy:
-            self.engine.follow(policy)
-        return self.engine.generate(batch.prompts, samples=config.samples, seed=self.config.seed, rollout=number)
+        config, roles = self.config.rollout, self.roles
+        assert config is not None and roles is not None
+
+        def responses(prompts: Sequence[PromptTokens]) -> Rollout:
+            return self.engine.generate(prompts, samples=config.samples, seed=self.config.seed, rollout=number)
+
+        def sampled() -> Rollout:
+            with roles.causal("actor") as policy:
+                self.engine.follow(policy)
+            pad = pad_id(self.inputs.tokenizer)
+            return sampled_by_all(batch.prompts, config.samples, responses, pad_token_id=pad)
+
+        found: Rollout = roles.with_whole_weights(sampled)
+        return found
 
     def _advantages(
         self, rollout: Rollout, scores: SignalScores, reference: Tensor
@@ -158,18 +174,21 @@ class ActorCriticTask(OnlineTask):
             steps = minibatch_indices(len(experience), rows, (seed, number, epoch))
             for place, chosen in enumerate(steps):
                 step = (number * ppo.epochs + epoch) * ppo.mini_batches + place
-                divergence = self._optimizer_step(self._micro_batches(experience, chosen), step, sums)
+                divergence = self._optimizer_step(experience.select(chosen), step, sums)
                 if ppo.stop_kl is not None and divergence > ppo.stop_kl:
                     return epoch + 1
         return ppo.epochs
 
-    def _optimizer_step(self, parts: Sequence[Experience], step: int, sums: UpdateSums) -> float:
+    def _optimizer_step(self, experience: Experience, step: int, sums: UpdateSums) -> float:
         """One step of the actor and of every critic; mean divergence from the old policy, in nats per token.
 
         Args:
-            parts: micro-batches of the step.
+            experience: the responses of the step.
             step: its number over the whole run.
             sums: what the update's means are made of.
+
+        Returns:
+            0 where nobody asks for the divergence.
         """
         ppo, roles, config = self.ppo, self.roles, self.config
         assert roles is not None and config.rollout is not None
@@ -177,31 +196,34 @@ class ActorCriticTask(OnlineTask):
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         learns = self.rollouts >= ppo.critic.warmup_rollouts
-        norms: dict[str, Tensor] = {}
+        parts = self._micro_batches(experience)
+        learnt: list[Any] = []
+        total = 0
+        if learns and ppo.ptx_coefficient:
+            learnt, total = self._supervised(step, len(experience))
+        passes = len(parts) * (learns + len(self.critics)) + len(learnt)
+        backward = Backpropagation(self, passes)
+        limits: dict[str, float | None] = {}
         if learns:
+            temperature, beta = config.rollout.temperature, self.kl.value
             actor_backward(
-                roles,
-                parts,
-                ppo,
-                temperature=config.rollout.temperature,
-                kl_coefficient=self.kl.value,
-                backward=self.manual_backward,
-                sums=here,
+                roles, parts, ppo, temperature=temperature, kl_coefficient=beta, backward=backward, sums=here
             )
-            if ppo.ptx_coefficient:
-                batches = self._supervised(step, sum(map(len, parts)))
-                ptx_backward(roles, batches, ppo.ptx_coefficient, backward=self.manual_backward, sums=here)
-            norms["actor"] = _clip(roles.trainable("actor"), config.trainer.gradient_clip)
+            ptx_backward(roles, learnt, total, ppo.ptx_coefficient, backward=backward, sums=here)
+            limits["actor"] = config.trainer.gradient_clip
         for name in self.critics:
-            critic_backward(roles, name, parts, ppo, backward=self.manual_backward, sums=here)
-            norms[f"{name}_critic"] = _clip(roles.trainable(f"{name}_critic"), ppo.critic.gradient_clip)
-        for name, norm in norms.items():
-            self._check(name, float(norm), parts)
-            sums.norm(name, float(norm))
+            critic_backward(roles, name, parts, ppo, backward=backward, sums=here)
+            limits[f"{name}_critic"] = ppo.critic.gradient_clip
+        for name, limit in limits.items():
+            norm = float(clip_gradients(roles.trainable(name), limit))
+            self._check(name, norm, experience.rollout.row_ids)
+            sums.norm(name, norm)
         for optimizer in optimizers if learns else optimizers[1:]:
             optimizer.step()
         sums.add(**here.sums)
-        divergence = here.mean("approx_kl")
+        if ppo.stop_kl is None:
+            return 0.0
+        divergence = here.over_all_processes().mean("approx_kl")
         return 0.0 if math.isnan(divergence) else divergence
 
     # -------------------------------------------------------------------------------------------- parts of the step
@@ -213,7 +235,7 @@ class ActorCriticTask(OnlineTask):
 
     def _truth(self, rollout: Rollout) -> dict[str, float]:
         """On the toy world, what the responses are really worth: logged, and learned from by nobody."""
-        if self.config.data.source != TOYWORLD:
+        if self.config.data.source != TOYWORLD or not Processes.current().first:
             return {}
         said = TruthScorer().score(rollout.requests()).values
         shown = {"helpfulness": "helpfulness", "harmlessness": "harmlessness", "is_safe": "safe_rate"}
@@ -222,25 +244,27 @@ class ActorCriticTask(OnlineTask):
     @torch.no_grad()
     def _logprobs(self, name: str, rollout: Rollout) -> Tensor:
         """(S, T) log-probabilities of actor or reference, at the sampling temperature, as an update computes them."""
-        assert self.roles is not None and self.config.rollout is not None
-        found = torch.zeros_like(rollout.logprobs)
-        with self.roles.causal(name):
-            for at, part in chunks(rollout, self._rows):
-                logits = self.roles.logits(name, part.input_ids, part.attention_mask)
-                told = token_logprobs(
-                    logits, part.input_ids, part.response_mask, temperature=self.config.rollout.temperature
-                )
-                found[at, : told.shape[1]] = told
+        roles, config = self.roles, self.config.rollout
+        assert roles is not None and config is not None
+
+        def logprobs_of(part: Rollout) -> list[Tensor]:
+            logits = roles.logits(name, part.input_ids, part.attention_mask)
+            return [token_logprobs(logits, part.input_ids, part.response_mask, temperature=config.temperature)]
+
+        with roles.causal(name):
+            (found,) = told_of_all(rollout, self._rows, logprobs_of, self.device)
         return found
 
     @torch.no_grad()
     def _values(self, name: str, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(S, T) of a critic, and (S,) the value behind the last token."""
-        assert self.roles is not None
-        values, behind = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs[:, 0])
-        for at, part in chunks(rollout, self._rows):
-            told, end = self.roles.values_and_end(f"{name}_critic", part.input_ids, part.attention_mask)
-            values[at, : told.shape[1]], behind[at] = told, end
+        roles = self.roles
+        assert roles is not None
+
+        def values_of(part: Rollout) -> Sequence[Tensor]:
+            return roles.values_and_end(f"{name}_critic", part.input_ids, part.attention_mask)
+
+        values, behind = told_of_all(rollout, self._rows, values_of, self.device)
         return values.masked_fill(~rollout.response_mask, 0.0), behind
 
     def _mismatch(self, rollout: Rollout, policy: Tensor) -> dict[str, float]:
@@ -250,26 +274,42 @@ class ActorCriticTask(OnlineTask):
         refuse_mismatch(found, self.config.rollout.max_logprob_mismatch, self.engine.name)
         return {"logprob_mismatch": found["mean_abs"]}
 
-    def _micro_batches(self, experience: Experience, chosen: Any) -> list[Experience]:
-        """Responses of one optimizer step, of like length together."""
-        lengths = experience.rollout.lengths.cpu().numpy()
-        order = chosen[np.argsort(-lengths[chosen], kind="stable")]
-        size = self.config.trainer.micro_batch_size or len(order)
-        return [experience.select(part) for part in np.array_split(order, math.ceil(len(order) / size))]
+    def _micro_batches(self, experience: Experience) -> list[Experience]:
+        """This process's responses of one optimizer step, of like length together, weighed by the whole step's."""
+        rollout = experience.rollout
+        weighed = replace(experience, weights=row_weights(rollout.response_lengths, self.ppo.loss_mean))
+        size = self.config.trainer.micro_batch_size or len(experience)
+        found = []
+        for part in deal(rollout.lengths.cpu().numpy(), size, Processes.current()):
+            some = weighed.select(part.places)
+            mask = some.rollout.response_mask & part.counted.to(rollout.response_mask.device)[:, None]
+            found.append(replace(some, rollout=replace(some.rollout, response_mask=mask)))
+        return found
 
-    def _supervised(self, step: int, responses: int) -> list[Any]:
-        """Micro-batches of supervised rows that belong to an optimizer step: a function of seed and step alone."""
-        rows = self.ppo.ptx_batch_size or responses
+    def _supervised(self, step: int, responses: int) -> tuple[list[Any], int]:
+        """Supervised rows that belong to an optimizer step: a function of seed and step alone.
+
+        Returns:
+            this process's micro-batches, and the tokens that all processes predict.
+        """
+        rows, data = self.ppo.ptx_batch_size or responses, self.inputs.supervised
+        loader: StepLoader[Any] = StepLoader(data, batch_size=rows, total_steps=step + 1, seed=self.config.seed)
+        chosen = loader.step_indices(step)
         size = min(rows, self.config.trainer.micro_batch_size or rows)
-        loader: StepLoader[Any] = StepLoader(
-            self.inputs.supervised, batch_size=rows, micro_batch_size=size, total_steps=step + 1, seed=self.config.seed
-        )
-        return [batch.to(self.device) for batch in loader.step(step)]
+        found, total = [], torch.zeros((), dtype=torch.int64, device=self.device)
+        for part in deal(data.lengths[chosen], size, Processes.current()):
+            batch = data.collate(chosen[part.places.numpy()])
+            batch = replace(batch, response_mask=batch.response_mask & part.counted[:, None]).to(self.device)
+            total += batch.response_mask[:, 1:].sum()
+            found.append(batch)
+        if Processes.current().size > 1:
+            torch.distributed.all_reduce(total)
+        return found, int(total)
 
-    def _check(self, name: str, norm: float, parts: Sequence[Experience]) -> None:
+    def _check(self, name: str, norm: float, row_ids: Sequence[str]) -> None:
         if math.isfinite(norm):
             return
-        ids = list(dict.fromkeys(row_id for part in parts for row_id in part.rollout.row_ids))
+        ids = list(dict.fromkeys(row_ids))
         raise TrainingDiverged(
             f"the gradient's norm of the {name} became {norm} in rollout {self.rollouts + 1}",
             "prompts " + ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else ""),
@@ -278,6 +318,23 @@ class ActorCriticTask(OnlineTask):
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+class Backpropagation:
+    """The backward passes of one optimizer step; under ddp the last one of all sends the gradients of all of them.
+
+    Processes average their gradients, so each gives its sum times their number.
+    """
+
+    def __init__(self, task: OnlineTask, passes: int) -> None:
+        self.task, self.left = task, passes
+
+    def __call__(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+        self.left -= 1
+        no_sync = getattr(self.task.trainer.strategy.model, "no_sync", None)
+        with nullcontext() if no_sync is None or not self.left else no_sync():
+            self.task.manual_backward(loss * self.task.trainer.world_size)
+
+
 def scores_of(scores: SignalScores, device: torch.device) -> SignalScores:
     """Those of the responses that got all of them, on a device."""
     kept = scores.scored
@@ -290,7 +347,3 @@ def _described(rollout: Rollout, scores: SignalScores) -> dict[str, float]:
     found = {"mean_reward": float(known.mean())} if len(known) else {}
     found["unscored_share"] = float((~scores.scored).double().mean())
     return {**found, **rollout.statistics(), **scores.metrics}
-
-
-def _clip(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
-    return nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf)

@@ -26,8 +26,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedTokenizerBase
 
 from saferlhf.config.schema import TrainConfig
@@ -41,7 +39,7 @@ from saferlhf.models.features import trunk_id
 from saferlhf.models.frozen_prefix import FrozenPrefix
 from saferlhf.models.score_model import ScoreModel
 from saferlhf.ops.moderation import ModerationLabels
-from saferlhf.tasks.optimization import build_optimizer, build_schedule
+from saferlhf.tasks.optimization import build_optimizer, build_schedule, clip_gradients
 
 Batch = TokenBatch | PairBatch | AnswerBatch
 
@@ -176,13 +174,8 @@ class SupervisedTask(L.LightningModule, ABC):
 
     def _clip(self, optimizer: Any) -> Tensor:
         """Clip the gradient of the whole step; its norm before that."""
-        limit = self.config.trainer.gradient_clip
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-        if isinstance(norm, DTensor):  # each device knows the norm of its share
-            norm = norm.full_tensor()
-        clip_grads_with_norm_(trained, limit if limit is not None else float("inf"), norm)
-        return norm
+        return clip_gradients(trained, self.config.trainer.gradient_clip)
 
     def _step_stats(
         self, batch: StepBatch[Any], sums: Sequence[Mapping[str, Tensor]], norm: Tensor, total: int

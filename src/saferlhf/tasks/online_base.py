@@ -18,6 +18,7 @@ from saferlhf.config.checks_online import signals_of
 from saferlhf.config.online_schema import GaeConfig, PpoConfig
 from saferlhf.config.schema import ScheduleConfig, TrainConfig
 from saferlhf.errors import UserError
+from saferlhf.evaluation.processes import Processes
 from saferlhf.models.role_sources import plan_roles
 from saferlhf.models.roles import Roles
 from saferlhf.models.roles_build import build_roles, check_plan
@@ -100,19 +101,23 @@ class OnlineTask(L.LightningModule):
 
     @property
     def signals(self) -> Signals:
-        """Who scores, built at the first use."""
+        """Who scores, built at the first use; what one of several processes cannot build is trouble of all."""
         if self._signals is None:
-            assert self.roles is not None
-            self._signals = Signals(
-                self.names,
-                self.roles,
-                self.config.scorers or {},
-                batch_size=self.config.trainer.eval_batch_size,
-                output_root=self.inputs.output_root,
-                cache_dir=self.config.cache_dir,
-                device=self.device,
-            )
+            Processes.current().each(self._build_signals)
+        assert self._signals is not None
         return self._signals
+
+    def _build_signals(self) -> None:
+        assert self.roles is not None
+        self._signals = Signals(
+            self.names,
+            self.roles,
+            self.config.scorers or {},
+            batch_size=self.config.trainer.eval_batch_size,
+            output_root=self.inputs.output_root,
+            cache_dir=self.config.cache_dir,
+            device=self.device,
+        )
 
     @property
     def engine(self) -> Any:
@@ -156,10 +161,15 @@ class OnlineTask(L.LightningModule):
         return ", ".join(f"{name.removeprefix('mean_')} {self.last_stats[name]:.3f}" for name in shown)
 
     # -------------------------------------------------------------------------------------------- checkpoint
+    def trained_names(self) -> set[str]:
+        """Keys of the state dict that training may change."""
+        assert self.roles is not None
+        return {f"roles.{name}" for name in self.roles.trained_state_dict()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Trained weights of all roles, and what the next rollout depends on beside them."""
-        assert self.roles is not None
-        checkpoint["state_dict"] = {f"roles.{k}": v for k, v in self.roles.trained_state_dict().items()}
+        trained = self.trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["running"] = {
             "rollouts": self.rollouts,
             "constraint": self.constraint.state_dict(),
@@ -172,8 +182,7 @@ class OnlineTask(L.LightningModule):
         Raises:
             UserError: a checkpoint of other roles or another constraint.
         """
-        assert self.roles is not None
-        missing = {f"roles.{name}" for name in self.roles.trained_state_dict()} - set(checkpoint["state_dict"])
+        missing = self.trained_names() - set(checkpoint["state_dict"])
         if missing:
             raise UserError(
                 f"the checkpoint lacks {len(missing)} trained weights, such as {sorted(missing)[0]}",

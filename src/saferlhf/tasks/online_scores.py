@@ -1,12 +1,13 @@
 """Scores of sampled responses: the reward and the costs, of roles (frozen models) or of scorers (anybody).
 
 What nobody gave a number is NaN and counted. Scorers answer for their own failures (`rollout/guard.py`); a role whose
-scores are not numbers for more than `MAX_FAILED_SHARE` of the responses ends the run.
+scores are not numbers for more than `MAX_FAILED_SHARE` of the responses ends the run. Several processes share the
+responses of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from saferlhf.config.rollout_schema import SignalConfig
 from saferlhf.errors import UserError
+from saferlhf.evaluation.processes import Processes
 from saferlhf.models.roles import Roles
 from saferlhf.rollout.build import build_scorer
 from saferlhf.rollout.experience import Rollout
-from saferlhf.rollout.guard import GuardedScorer
+from saferlhf.rollout.guard import GuardedScorer, ScoringReport
+from saferlhf.tasks.shares import told_of_all
 
 MAX_FAILED_SHARE = 0.2
 
@@ -92,33 +95,40 @@ class Signals:
         metrics: dict[str, float] = {}
         for name in self.names:
             if name in self._scorers:
-                scorer, output, scale = self._scorers[name]
-                found = scorer.score(rollout.requests()).values[output] * scale
-                values[name] = torch.from_numpy(np.asarray(found, dtype=np.float32))
-                found_out = scorer.take_report().metrics(f"scorer_{name}")
+                values[name], found_out = self._of_scorer(name, rollout)
                 metrics |= {key: value for key, value in found_out.items() if value}
             else:
                 values[name] = self._of_role(name, rollout, device)
         return SignalScores(values, metrics)
 
+    def _of_scorer(self, name: str, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """Scores, and counts of what went wrong with them, over all processes."""
+        scorer, output, scale = self._scorers[name]
+        requests, processes = rollout.requests(), Processes.current()
+        mine = np.arange(processes.rank, len(requests), processes.size)
+        reports = []
+
+        def score() -> tuple[Any, Mapping[str, Any]]:
+            found = scorer.score([requests[i] for i in mine]).values[output] * scale
+            reports.append(scorer.take_report())
+            return mine, {"score": np.asarray(found, dtype=np.float32)}
+
+        scores = processes.united(len(requests), score)["score"]
+        together = sum(processes.each(lambda: reports[0]), start=ScoringReport())
+        return torch.from_numpy(scores), together.metrics(f"scorer_{name}")
+
     def _of_role(self, name: str, rollout: Rollout, device: torch.device) -> Tensor:
-        scores = torch.zeros(len(rollout))
-        for at, part in chunks(rollout, self.batch_size):
+        def scores_of(part: Rollout) -> list[Tensor]:
             part = part.to(device)
-            found = self.roles.scores(name, part.input_ids, part.attention_mask, part.response_mask)
-            scores[at] = found.cpu()
+            return [self.roles.scores(name, part.input_ids, part.attention_mask, part.response_mask)]
+
+        (scores,) = told_of_all(rollout, self.batch_size, scores_of, device)
+        scores = scores.cpu()
         bad = ~scores.isfinite()
         if bad.float().mean() > MAX_FAILED_SHARE:
             what = f"{int(bad.sum())} of {len(scores)} scores are not numbers"
             raise UserError(what, f"roles.{name}.model", "train the model again, or name another")
         return scores.masked_fill(bad, float("nan"))
-
-
-def chunks(rollout: Rollout, rows: int) -> Iterator[tuple[Tensor, Rollout]]:
-    """Responses of like length together, `rows` at most, longest first: (their places (n,), they)."""
-    order = torch.argsort(-rollout.lengths.cpu(), stable=True)
-    for at in order.split(rows):
-        yield at, rollout.select(at)
 
 
 def _output(name: str, signal: SignalConfig, scorer: GuardedScorer) -> str:

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule from their config groups.
+"""Optimizer and learning-rate schedule from their config groups, and clipping.
 
 Weight decay never touches 1-D parameters (biases, norms): the earlier implementation exempted by name and so decayed
 LLaMA's final norm and all norms of GPT-2.
@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from saferlhf.config.schema import OptimizerConfig, ScheduleConfig
@@ -42,6 +44,19 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
 
     kinds = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}
     return kinds[config.name](groups, lr=config.lr, betas=betas, eps=config.eps)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
+    """Scale the gradients of these parameters down to a norm of `limit` at most; their norm before that, a scalar.
+
+    Parameters without a gradient are passed over, sharded ones are counted once over all processes; null: no limit.
+    """
+    trained = list(parameters)
+    norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+    if isinstance(norm, DTensor):  # each process knows the norm of its share
+        norm = norm.full_tensor()
+    clip_grads_with_norm_(trained, limit if limit is not None else math.inf, norm)
+    return norm
 
 
 def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:

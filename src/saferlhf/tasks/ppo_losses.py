@@ -6,7 +6,8 @@ With n the response tokens of the step over all its micro-batches, the actor's l
         + c_ptx * mean negative log-likelihood of supervised responses
 
 and each critic's the sum of its clipped squared errors over n. `loss_mean=response` weighs each response the same
-instead. Sums are divided by the counts of the whole step, so micro-batch size and padding change nothing (trap 6).
+instead. Sums are divided by the counts of the whole step, so micro-batch size, padding and the number of processes
+change nothing (trap 6): a process gives the sum over its responses, and gradients are added over all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from saferlhf.config.online_schema import PpoConfig
+from saferlhf.evaluation.processes import Processes
 from saferlhf.models.roles import Roles
 from saferlhf.ops.losses import response_nll
 from saferlhf.ops.policy_losses import (
@@ -35,7 +37,7 @@ Backward = Callable[[Tensor], None]
 
 
 class UpdateSums:
-    """Sums over a whole update, from which its means come."""
+    """Sums over a whole update, from which its means come; those of this process until they are brought together."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -51,6 +53,18 @@ class UpdateSums:
         """A gradient's norm before clipping, of one step."""
         self.norms[name].append(value)
 
+    def over_all_processes(self) -> UpdateSums:
+        """The same sums over all processes, added in one go; all must call this."""
+        whole = UpdateSums()
+        whole.norms = self.norms  # of whole gradients already
+        if Processes.current().size == 1 or not self.sums:
+            whole.sums = self.sums
+            return whole
+        together = torch.stack(list(self.sums.values()))
+        torch.distributed.all_reduce(together)
+        whole.sums = dict(zip(self.sums, together, strict=True))
+        return whole
+
     def mean(self, name: str, count: str = "tokens") -> float:
         """A sum over the sum that counts it; NaN where nothing was counted."""
         if name not in self.sums or not float(self.sums.get(count, torch.tensor(0.0))):
@@ -58,17 +72,16 @@ class UpdateSums:
         return float(self.sums[name] / self.sums[count])
 
 
-def row_weights(parts: Sequence[Experience], loss_mean: str) -> list[Tensor]:
-    """(S,) weight of each response's sum over its tokens, for every micro-batch of a step.
+def row_weights(lengths: Tensor, loss_mean: str) -> Tensor:
+    """(S,) weight of each response's sum over its tokens, from the (S,) tokens of all responses of a step.
 
     All weights times lengths sum to one over the step; a step without a token weighs nothing.
     """
-    lengths = [part.rollout.response_lengths.double() for part in parts]
+    tokens = lengths.double()
     if loss_mean == "response":
-        rows = max(1, sum(int((n > 0).sum()) for n in lengths))
-        return [torch.where(n > 0, 1 / (n.clamp_min(1) * rows), 0.0).float() for n in lengths]
-    total = max(1.0, sum(float(n.sum()) for n in lengths))
-    return [torch.full_like(n, 1 / total).float() for n in lengths]
+        rows = (tokens > 0).sum().clamp_min(1)
+        return torch.where(tokens > 0, 1 / (tokens.clamp_min(1) * rows), 0.0).float()
+    return torch.full_like(tokens, 1.0).div(tokens.sum().clamp_min(1)).float()
 
 
 def actor_backward(
@@ -81,12 +94,12 @@ def actor_backward(
     backward: Backward,
     sums: UpdateSums,
 ) -> None:
-    """Gradients of the policy's loss over one optimizer step."""
+    """Gradients of the policy's loss over one optimizer step, whose micro-batches have `row_weights`."""
     clips: dict[str, Any] = {"clip": config.clip_ratio, "clip_high": config.clip_ratio_high}
-    for part, weights in zip(parts, row_weights(parts, config.loss_mean), strict=True):
+    for part in parts:
         rollout = part.rollout
         ids, mask = rollout.input_ids, rollout.response_mask
-        assert part.advantages is not None and part.reference_logprobs is not None
+        assert part.advantages is not None and part.reference_logprobs is not None and part.weights is not None
         with roles.using("actor"):
             logits = roles.logits("actor", ids, rollout.attention_mask)  # (S, T, V)
             logprobs = token_logprobs(logits, ids, mask, temperature=temperature)  # (S, T)
@@ -101,7 +114,7 @@ def actor_backward(
             if config.kl.enters == "loss":
                 held = kl_loss(logprobs, part.reference_logprobs, mask, kind=config.kl.estimator)
                 loss = loss + kl_coefficient * held
-            backward((loss * weights).sum())
+            backward((loss * part.weights).sum())
         sums.add(
             policy_loss=surrogate.sum(),
             entropy=entropy.sum(),
@@ -112,16 +125,17 @@ def actor_backward(
 def critic_backward(
     roles: Roles, signal: str, parts: Sequence[Experience], config: PpoConfig, *, backward: Backward, sums: UpdateSums
 ) -> None:
-    """Gradients of one critic's loss over one optimizer step."""
+    """Gradients of one critic's loss over one optimizer step, whose micro-batches have `row_weights`."""
     name = f"{signal}_critic"
-    for part, weights in zip(parts, row_weights(parts, config.loss_mean), strict=True):
+    for part in parts:
         rollout, returns = part.rollout, part.returns[signal]
+        assert part.weights is not None
         with roles.using(name):
             values = roles.values(name, rollout.input_ids, rollout.attention_mask)  # (S, T)
             loss = clipped_value_loss(
                 values, part.values[signal], returns, rollout.response_mask, clip=config.clip_value
             )
-            backward((loss * weights).sum())
+            backward((loss * part.weights).sum())
         sums.add(
             **{
                 f"value_loss_{signal}": loss.sum(),
@@ -131,16 +145,18 @@ def critic_backward(
 
 
 def ptx_backward(
-    roles: Roles, batches: Iterable[Any], coefficient: float, *, backward: Backward, sums: UpdateSums
+    roles: Roles, batches: Sequence[Any], total: int, coefficient: float, *, backward: Backward, sums: UpdateSums
 ) -> None:
-    """Gradients of the likelihood of supervised responses over one optimizer step, (S, T) batches of them."""
-    batches = list(batches)
-    total = max(1, sum(int(batch.response_mask[:, 1:].sum()) for batch in batches))
+    """Gradients of the likelihood of supervised responses over one optimizer step, (S, T) batches of them.
+
+    Args:
+        total: tokens that are predicted in the whole step, over all processes.
+    """
     for batch in batches:
         with roles.using("actor"):
             logits = roles.logits("actor", batch.input_ids, batch.attention_mask)
             nll, count = response_nll(logits, batch.input_ids, batch.response_mask)  # (S,), (S,)
-            backward(coefficient * nll.sum() / total)
+            backward(coefficient * nll.sum() / max(1, total))
         sums.add(ptx_loss=nll.sum(), ptx_tokens=count.sum())
 
 

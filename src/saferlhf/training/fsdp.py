@@ -8,13 +8,17 @@ What differs from Lightning's own `ModelParallelStrategy`: the mesh is of shards
 of nodes and tensor-parallel groups; the model is sharded here, so that tasks need not know of it; and checkpoints are
 those of one process: one file of whole tensors, trained ones alone, keyed as the optimizer keys them. So a run can go
 on with another number of devices, or with another strategy.
+
+A policy that samples is gathered once for each rollout: through sharded weights every token would move all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -34,13 +39,20 @@ from saferlhf.config.schema import StrategyConfig
 from saferlhf.models.backbone import checkpoint_activations
 from saferlhf.models.causal import unwrapped
 from saferlhf.models.layers import blocks_of
+from saferlhf.models.roles import Roles
+from saferlhf.models.score_model import ScoreModel
 
 FORWARDS = ("loss_sum", "outputs")
 """Methods of a task that run its model."""
 
+ROLE_FORWARDS = ("logits", "scores", "values_and_end", "with_whole_weights")
+"""Methods of roles that run models."""
+
+T = TypeVar("T")
+
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Shards the model of a supervised task over all devices.
+    """Shards the model of a task, or those of all roles, over all devices.
 
     Args:
         config: the options of `conf/strategy/fsdp.yaml`.
@@ -129,12 +141,11 @@ def shard(task: nn.Module, mesh: DeviceMesh, config: StrategyConfig, *, mixed: b
     """Split a task's model over the devices of a mesh: each block by itself, each head too, all else together.
 
     Heads are sharded like the rest, so that one norm can be taken over all gradients, but never rounded: their scores
-    are computed in float32.
+    are computed in float32. 4-bit weights stay whole on every device, unless `config.shard_packed`.
     """
+    # nothing here writes into what a model returns
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model: Any = task.model
-    trunk = unwrapped(getattr(model, "trunk", model))
-    if config.activation_checkpointing:
-        checkpoint_activations(trunk)
     rounded = {"float32": None, "bfloat16": torch.bfloat16}[config.reduce_dtype]
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if mixed and config.gather_bf16 else None,
@@ -145,14 +156,91 @@ def shard(task: nn.Module, mesh: DeviceMesh, config: StrategyConfig, *, mixed: b
         "mesh": mesh,
         "offload_policy": offload,
         "reshard_after_forward": config.reshard_after_forward,
+        "ignored_params": set() if config.shard_packed else _kept_whole(model, mesh),
     }
-    for block in blocks_of(trunk):
-        fully_shard(block, mp_policy=policy, **options)
-    for head in getattr(model, "heads", {}).values():
+    parts = _parts(model)
+    for trunk in _trunks(parts):
+        if config.activation_checkpointing:
+            checkpoint_activations(trunk)
+        for block in blocks_of(trunk):
+            fully_shard(block, mp_policy=policy, **options)
+    for head in _heads(parts):
         fully_shard(head, mp_policy=MixedPrecisionPolicy(reduce_dtype=rounded), **options)
-    fully_shard(task, mp_policy=policy, **options)
-    for name in FORWARDS:
-        register_fsdp_forward_method(task, name)
+    if not isinstance(model, Roles):
+        fully_shard(task, mp_policy=policy, **options)
+        _run_by(task, FORWARDS)
+        return
+    for trunk in _of_one_role(model):
+        fully_shard(trunk, mp_policy=policy, **options)
+    fully_shard(model, mp_policy=policy, **options)
+    gathered = partial(_with_whole_weights, model, again=config.reshard_after_forward)
+    model.with_whole_weights = gathered  # type: ignore[method-assign]
+    _run_by(model, ROLE_FORWARDS)
+
+
+def _run_by(root: Any, methods: Sequence[str]) -> None:
+    """Through these methods, and no others, the sharded model is run."""
+    for name in methods:
+        register_fsdp_forward_method(root, name)
+
+
+def _kept_whole(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """4-bit weights, brought to their device."""
+    found = set()
+    for module in list(model.modules()):
+        weight = getattr(module, "weight", None)
+        if getattr(weight, "quant_state", None) is not None:
+            module.to(mesh.device_type)
+            found.add(module.weight)
+    return found  # type: ignore[return-value]
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    """Of roles, each model, or what they share and each one's heads; of anything else, itself."""
+    return list(model.children()) if isinstance(model, Roles) else [model]
+
+
+def _trunks(parts: Sequence[Any]) -> list[Any]:
+    """Their transformers."""
+    found = [unwrapped(getattr(part, "trunk", part)) for part in parts]
+    return [trunk for trunk in found if hasattr(trunk, "config")]
+
+
+def _heads(parts: Sequence[Any]) -> list[nn.Module]:
+    """Their heads."""
+    found = [getattr(part, "heads", part) for part in parts]
+    return [head for heads in found if isinstance(heads, nn.ModuleDict) for head in heads.values()]
+
+
+def _of_one_role(roles: Roles) -> list[Any]:
+    """Transformers that one role runs, always as a whole: what is not in their blocks is gathered for that role alone.
+
+    A base that roles share is entered as a language model and as the trunk of scores, and a model that reads lower
+    layers is left in the middle. What these have beside blocks is gathered whenever any role runs.
+    """
+    parts = _parts(roles)
+    if not any(isinstance(part, ScoreModel) for part in parts):
+        return []
+    return _trunks([part for part in parts if getattr(part, "layers", None) is None])
+
+
+def _with_whole_weights(roles: Roles, work: Callable[[], T], *, again: bool) -> T:
+    """Run work with the weights of the actor's model gathered; they are given back after it.
+
+    Args:
+        again: whether a block's weights are otherwise given back after each forward pass.
+    """
+    actor = unwrapped(roles.role("actor").module)
+    sharded = [module for module in actor.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        return work()
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(again, recurse=False)
+            module.reshard()
 
 
 def _local(value: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def test_both_sizes_and_all_devices_are_there() -> None:
 
 
 def test_70b_in_bfloat16_is_refused_online_whatever_the_devices() -> None:
-    run = config(*words_of(conf_dir() / "experiment" / "large" / "ppo_lag_70b_1x80.yaml"), "quantization=none")
+    run = config(*words_of(conf_dir() / "experiment" / "large" / "ppo_lag_70b_8x80.yaml"), "quantization=none")
     spread = replace(run, trainer=replace(run.trainer, devices=8), strategy=replace(run.strategy, name="ddp"))
     with pytest.raises(UserError) as refused:
         check_policy_fits(spread, 80)

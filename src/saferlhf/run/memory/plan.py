@@ -182,22 +182,21 @@ class _Planner:
 
     def __init__(self, config: TrainConfig, workload: Workload, device: str, vocabulary_size: int | None) -> None:
         self.config, self.workload, self.device = config, workload, device
-        if getattr(config.strategy, "activation_checkpointing", False):
+        if config.strategy.activation_checkpointing:
             config = replace(config, backbone=replace(config.backbone, gradient_checkpointing=True))
         self.shapes = role_shapes(config, vocabulary_size)
         self.devices = max(1, config.trainer.devices)
         strategy = config.strategy
         # Lightning's choice for several devices is ddp
         self.strategy = "ddp" if strategy.name == "single" and self.devices > 1 else strategy.name
-        sharded = self.strategy in ("fsdp", "hsdp")
-        self.shards = max(1, self.devices // getattr(strategy, "replicas", 1)) if sharded else 1
-        self.offloaded = sharded and bool(getattr(strategy, "cpu_offload", False))
+        self.shards = max(1, self.devices // strategy.replicas) if strategy.sharded else 1
+        self.offloaded = strategy.sharded and strategy.cpu_offload
         self.roles = tuple(self._role(role) for role in self.shapes)
         paged = config.optimizer.name == "paged_adamw_8bit"
         self.host = sum(self._states(role.weights) for role in self.shapes if role.trained) if paged else 0
         if self.offloaded:
             sizes = [(r.weights, self._states(r.weights) if r.trained else 0) for r in self.shapes]
-            self.host = sum(self._share(w.trained * 2 + w.frozen - w.packed + states) for w, states in sizes)
+            self.host = sum(self._share(self._spread(w) + w.trained + states) for w, states in sizes)
 
     def plan(self) -> MemoryPlan:
         """All of it."""
@@ -222,17 +221,22 @@ class _Planner:
 
     def _role(self, role: RoleShape) -> RoleMemory:
         own = role.weights
-        spread = own.trained + own.frozen - own.packed
+        spread = self._spread(own)
         states = self._states(own) if role.trained and self.config.optimizer.name != "paged_adamw_8bit" else 0
         return RoleMemory(
             role.name,
             role.trained,
             own.trained_count + own.frozen_count,
             own.trained_count if role.trained else 0,
-            own.packed + (0 if self.offloaded else self._share(spread)),
+            own.trained + own.frozen - spread + (0 if self.offloaded else self._share(spread)),
             self._share(own.trained) if role.trained and not self.offloaded else 0,
             0 if self.offloaded else self._share(states),
         )
+
+    def _spread(self, weights: Weights) -> int:
+        """Bytes of what is sharded, where anything is."""
+        kept = 0 if self.config.strategy.shard_packed else weights.packed
+        return weights.trained + weights.frozen - kept
 
     def _share(self, size: int) -> int:
         return math.ceil(size / self.shards)
@@ -255,6 +259,11 @@ class _Planner:
         other += CUDA_BYTES + int(CUDA_KEPT * asked) if self.device == "gpu" else 0
         return Phase(name, self._resident, gradients, found.activations, found.logits, cache, other)
 
+    @property
+    def _gathers_halves(self) -> bool:
+        """Whether weights are gathered in numbers half as wide as those of their shards."""
+        return self.config.strategy.gather_bf16 and self.config.backbone.dtype == "float32"
+
     def _gathered(self, role: RoleShape, backward: bool) -> int:
         """Weights that are whole beside their shard while a model works, and their gradients before they are dealt."""
         if self.shards == 1:
@@ -262,9 +271,9 @@ class _Planner:
         model = next((r.weights for r in self.shapes if r.name == "base"), role.weights)
         whole = model.outside + 2 * model.block
         strategy = self.config.strategy
-        if not getattr(strategy, "reshard_after_forward", True):
-            whole = model.trained + model.frozen - model.packed
-        if getattr(strategy, "gather_bf16", False) and self.config.backbone.dtype == "float32":
+        if not strategy.reshard_after_forward:
+            whole = self._spread(model)
+        if self._gathers_halves:
             whole //= 2
         return whole * (2 if backward and role.weights.trained > model.frozen else 1)
 
@@ -326,8 +335,8 @@ class _Planner:
         whole = 0
         if self.shards > 1:
             model = next((r.weights for r in self.shapes if r.name == "base"), actor.weights)
-            spread = model.trained + model.frozen - model.packed
-            whole = spread - self._share(spread)
+            spread = self._spread(model)
+            whole = spread // 2 if self._gathers_halves else spread - self._share(spread)
         return self._phase("rollout", self._gradients, moment, cache=cache, other=whole)
 
     def _scoring(self, roles: dict[str, RoleShape], responses: int) -> Phase:

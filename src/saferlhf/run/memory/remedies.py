@@ -94,14 +94,14 @@ def _paged_states(config: TrainConfig) -> tuple[TrainConfig, str] | None:
 
 def _sharded_here(config: TrainConfig) -> tuple[TrainConfig, str] | None:
     """Over the devices that there are."""
-    if config.trainer.devices == 1 or config.strategy.name == "fsdp":
+    if config.trainer.devices == 1 or config.strategy.sharded:
         return None
     return replace(config, strategy=replace(config.strategy, name="fsdp")), "strategy=fsdp"
 
 
 def _sharded(devices: int) -> Callable[[TrainConfig], tuple[TrainConfig, str] | None]:
     def change(config: TrainConfig) -> tuple[TrainConfig, str] | None:
-        if config.trainer.devices >= devices and config.strategy.name == "fsdp":
+        if config.trainer.devices >= devices and config.strategy.sharded:
             return None
         # 8-bit states are not sharded
         optimizer = replace(config.optimizer, name="adamw")
@@ -113,7 +113,7 @@ def _sharded(devices: int) -> Callable[[TrainConfig], tuple[TrainConfig, str] | 
 
 
 def _offloaded(config: TrainConfig) -> tuple[TrainConfig, str] | None:
-    if config.strategy.name != "fsdp" or getattr(config.strategy, "cpu_offload", True):
+    if not config.strategy.sharded or config.strategy.cpu_offload:
         return None
     return replace(config, strategy=replace(config.strategy, cpu_offload=True)), "strategy.cpu_offload=true"
 
