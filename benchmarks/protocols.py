@@ -28,9 +28,12 @@ from typing import Any
 
 import yaml
 
+from saferlhf.config.schema import BackboneConfig
 from saferlhf.evaluation.drift import Drift
 from saferlhf.evaluation.drift_report import drift_markdown, drift_png
 from saferlhf.evaluation.protocol_results import best_peer, number
+from saferlhf.models.gguf import converted_folder
+from saferlhf.models.source import find_source
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -50,23 +53,36 @@ class Measured:
     Attributes:
         heading: in the tables.
         about: one sentence.
-        train: what trains one seed; holds {seed}.
+        evaluate: what measures one; its model is added. `{judge}` is replaced by `judge`'s run.
+        train: what trains one seed; holds {seed}. None: a backbone as it is.
         seeds: runs of it.
         run: folder of its runs below the output root; they are told apart by their seed.
-        evaluate: what measures one; its model is added.
+        backbone: the one that is measured as it is.
+        judge: heading of the model that judges what this one writes: its first seed.
     """
 
     heading: str
     about: str
-    train: str
-    seeds: tuple[int, ...]
-    run: str
     evaluate: str
+    train: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    run: str | None = None
+    backbone: str | None = None
+    judge: str | None = None
+
+    @property
+    def commands(self) -> str:
+        """What to type."""
+        if self.train is None:
+            return f"`{self.evaluate} model={_backbone(self).model}`"
+        seeds = f"Seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}"
+        return f"{seeds}: `{self.train}`, then `{self.evaluate}`"
 
 
 def read_models(file: Path) -> list[Measured]:
     """The entries of `protocols.yaml`."""
-    return [Measured(**{**entry, "seeds": tuple(entry["seeds"])}) for entry in yaml.safe_load(file.read_text())]
+    entries = yaml.safe_load(file.read_text())
+    return [Measured(**{**entry, "seeds": tuple(entry.get("seeds", (0,)))}) for entry in entries]
 
 
 def newest(folders: Iterable[Path], **wanted: Any) -> Path | None:
@@ -82,15 +98,26 @@ def newest(folders: Iterable[Path], **wanted: Any) -> Path | None:
     return max(found)[1] if found else None
 
 
-def trained(model: Measured, seed: int, outputs: Path) -> Path | None:
-    """The run folder of one seed."""
-    return newest((outputs / model.run).glob("*"), seed=seed)
+def found_model(model: Measured, seed: int, outputs: Path) -> str | None:
+    """Locator of what is measured: the run of one seed, or the backbone; None: no finished run."""
+    if model.run is None:
+        source = find_source(_backbone(model))
+        if source.gguf is not None:
+            return str(converted_folder(source.gguf))
+        return str(_backbone(model).model)
+    run = newest((outputs / model.run).glob("*"), seed=seed)
+    return None if run is None else str(run)
 
 
-def evaluation(run: Path, outputs: Path) -> dict[str, Any] | None:
-    """What the newest evaluation of a run by protocols found."""
+def _backbone(model: Measured) -> BackboneConfig:
+    """`conf/backbone/<its name>.yaml`."""
+    return BackboneConfig(**yaml.safe_load((ROOT / "conf" / "backbone" / f"{model.backbone}.yaml").read_text()))
+
+
+def evaluation(locator: str, outputs: Path) -> dict[str, Any] | None:
+    """What the newest evaluation of a model by protocols found."""
     folders = [path.parent for path in (outputs / EVALUATIONS).glob(f"*/{FILE}")]
-    found = newest(folders, model=str(run))
+    found = newest(folders, model=locator)
     if found is None:
         return None
     content: dict[str, Any] = json.loads((found / FILE).read_text())
@@ -122,9 +149,8 @@ def page(models: Sequence[tuple[Measured, Sequence[Mapping[str, Any]]]]) -> str:
         "## Models",
         "",
     ]
-    for model, runs in models:
-        seeds = ", ".join(str(seed) for seed in model.seeds[: len(runs)])
-        lines += [f"- **{model.heading}**: {model.about} Seeds {seeds}: `{model.train}`, then `{model.evaluate}`"]
+    for model, _ in models:
+        lines += [f"- **{model.heading}**: {model.about} {model.commands}"]
     for model, runs in models:
         lines += _drift_section(model, runs)
     for name in names:
@@ -141,12 +167,15 @@ def _overview(models: Sequence[tuple[Measured, Sequence[Mapping[str, Any]]]], na
     headings = [model.heading for model, _ in models]
     lines = [_row(["protocol", "metric", "rows", *headings, "TF-IDF", "best published"]), _rule(5 + len(headings))]
     for name in names:
-        mine = [_results(name, runs) for _, runs in models]
-        some = next(found[0] for found in mine if found)
-        cells = [f"[{name}](#{name})", f"`{some['metric']}`", _rows(some)]
-        cells += [_value([r["values"].get(r["metric"], {}) for r in found], bold=True) for found in mine]
-        cells.append(number(some["values"].get(some["metric"], {}).get("tfidf")))
-        lines.append(_row([*cells, _peer(best_peer(some), some)]))
+        everyone = [_results(name, runs) for _, runs in models]
+        # some prompts are verdicts for a moderator and questions for a policy
+        for metric in dict.fromkeys(r["metric"] for found in everyone for r in found):
+            mine = [[r for r in found if r["metric"] == metric] for found in everyone]
+            some = next(found[0] for found in mine if found)
+            cells = [f"[{name}](#{name})", f"`{metric}`", _rows(some)]
+            cells += [_value([r["values"].get(metric, {}) for r in found], bold=True) for found in mine]
+            cells.append(number(some["values"].get(metric, {}).get("tfidf")))
+            lines.append(_row([*cells, _peer(best_peer(some), some)]))
     return lines
 
 
@@ -255,8 +284,8 @@ def write(models: Sequence[Measured], outputs: Path, target: Path = PAGE) -> boo
     found = []
     complete = True
     for model in models:
-        folders = {seed: trained(model, seed, outputs) for seed in model.seeds}
-        runs = {seed: evaluation(folder, outputs) if folder else None for seed, folder in folders.items()}
+        locators = {seed: found_model(model, seed, outputs) for seed in model.seeds}
+        runs = {seed: evaluation(locator, outputs) if locator else None for seed, locator in locators.items()}
         missing = [str(seed) for seed, run in runs.items() if run is None]
         if missing:
             complete = False
@@ -292,12 +321,15 @@ def main() -> int:
     if arguments.action == "write":
         return 0 if write(models, arguments.outputs) else 1
     for model in models:
+        judges = {other.heading: found_model(other, other.seeds[0], arguments.outputs) for other in models}
+        command = model.evaluate.format(judge=judges.get(model.judge or ""))
         for seed in model.seeds:
-            _call(model.train.format(seed=seed), arguments.outputs)
-            run = trained(model, seed, arguments.outputs)
-            if run is None:
-                raise SystemExit(f"{model.heading}: no finished run of seed {seed} in {arguments.outputs / model.run}")
-            _call(f"{model.evaluate} model={run} name={EVALUATIONS}", arguments.outputs)
+            if model.train is not None:
+                _call(model.train.format(seed=seed), arguments.outputs)
+            locator = found_model(model, seed, arguments.outputs)
+            if locator is None:
+                raise SystemExit(f"{model.heading}: no finished run of seed {seed} in {arguments.outputs}")
+            _call(f"{command} model={locator} name={EVALUATIONS}", arguments.outputs)
     return 0
 
 

@@ -158,4 +158,50 @@ def test_what_is_missing_is_said(protocols: ModuleType, tmp_path: Path, capsys: 
 
 def test_the_models_of_the_page(protocols: ModuleType, project_root: Path) -> None:
     models = protocols.read_models(project_root / "benchmarks" / "protocols.yaml")
-    assert models and all("{seed}" in model.train and "suite=all" in model.evaluate for model in models)
+    assert models and all("suite=all" in model.evaluate for model in models)
+    headings = [model.heading for model in models]
+    for model in models:
+        if model.train is None:
+            assert model.backbone and model.judge in headings and "{judge}" in model.evaluate
+        else:
+            assert "{seed}" in model.train and model.run
+
+
+def test_a_backbone_as_it_is_and_its_judge(protocols: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nothing is trained for it; it is judged by the first seed of the model that it names."""
+    judge = a_model(protocols, heading="judge", evaluate="python evaluate.py suite=all")
+    plain = protocols.Measured(
+        "plain", "It is.", "python evaluate.py judges=[{judge}]", backbone="smollm2", judge="judge"
+    )
+    assert plain.commands == "`python evaluate.py judges=[{judge}] model=HuggingFaceTB/SmolLM2-135M-Instruct`"
+    found = {"judge": "runs/r0", "plain": "some/folder"}
+    called: list[str] = []
+    monkeypatch.setattr(protocols, "read_models", lambda file: [judge, plain])
+    monkeypatch.setattr(protocols, "found_model", lambda model, seed, outputs: found[model.heading])
+    monkeypatch.setattr(protocols, "_call", lambda command, outputs: called.append(command))
+    monkeypatch.setattr(sys, "argv", ["protocols.py", "run", "--outputs", str(tmp_path)])
+    assert protocols.main() == 0
+    assert called[-1] == "python evaluate.py judges=[runs/r0] model=some/folder name=protocols"
+    assert [c for c in called if "train" in c] == ["python train.py seed=0", "python train.py seed=1"]
+
+
+def test_a_protocol_is_a_line_for_each_way_to_measure_it(protocols: ModuleType, tmp_path: Path) -> None:
+    """Verdicts on prompts, and answers to them."""
+    answers = {
+        **a_result(0.5),
+        "metric": "policy/safe_rate",
+        "values": {"policy/safe_rate": {"value": 0.75}},
+        "peers": [],
+    }
+    for number, (name, result) in enumerate((("probe", a_result(0.5)), ("policy", answers))):
+        a_folder(tmp_path / name / "r", {"seed": 0})
+        content = {"results": [result], "left_out": []}
+        a_folder(tmp_path / "protocols" / f"e{number}", {"model": str(tmp_path / name / "r")}, content)
+    models = [a_model(protocols, heading=name, run=name, seeds=(0,)) for name in ("probe", "policy")]
+    page = tmp_path / "results.md"
+    assert protocols.write(models, tmp_path, page)
+    overview = [line for line in page.read_text().splitlines() if line.startswith("| [some_test]")]
+    assert [line.split(" | ")[1:5] for line in overview] == [
+        ["`unsafe/f1`", "12 of 30", "**0.500** (0.100 .. 0.900)", "-"],
+        ["`policy/safe_rate`", "12 of 30", "-", "**0.750**"],
+    ]
