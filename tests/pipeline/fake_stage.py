@@ -28,6 +28,7 @@ def main(words: list[str]) -> int:
     task = run.config.task.name
     todo = json.loads(os.environ.get("FAKE_STAGE", "{}")).get(task, {})
     print(f"threads {run.config.trainer.threads}")
+    print(f"gpus {os.environ.get('CUDA_VISIBLE_DEVICES')}")
     print(f"words {json.dumps(words)}", flush=True)
     if "say" in todo:
         print(todo["say"], flush=True)

@@ -55,6 +55,7 @@ class Pipeline:
         self.outputs = outputs
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(launcher, "POLL_S", 0.02)
+        monkeypatch.setattr(launcher, "visible_gpus", lambda: ())
         self.use_processes(False)
 
     def use_processes(self, use: bool = True) -> None:
@@ -76,6 +77,11 @@ class Pipeline:
 
     def log(self, stage: str, name: str = "quickstart") -> str:
         return (self.run(name) / f"{stage}.log").read_text()
+
+    def gpus(self, stage: str, name: str = "quickstart") -> str:
+        """What the stage's last process saw as `CUDA_VISIBLE_DEVICES`."""
+        lines = [line for line in self.log(stage, name).splitlines() if line.startswith("gpus ")]
+        return lines[-1].removeprefix("gpus ")
 
     def words(self, stage: str, name: str = "quickstart") -> list[str]:
         """The overrides that the stage's last process was given."""
@@ -154,6 +160,41 @@ def threads_of(stages: Stages, folders: dict[str, Path]) -> dict[str, str]:
         assert command is not None
         (found[stage.name],) = [word.partition("=")[2] for word in command if word.startswith("trainer.threads=")]
     return found
+
+
+def test_stages_that_run_together_see_their_own_gpus(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.use_processes()
+    monkeypatch.setattr(launcher, "visible_gpus", lambda: ("4", "7"))
+    assert pipeline(THREE).code == 0
+    assert pipeline.gpus("sft") == "4"
+    assert {pipeline.gpus("reward"), pipeline.gpus("cost")} == {"4", "7"}
+
+    # two each: one after the other, with both
+    answer = pipeline(THREE, "name=wide", "strategy=ddp", "trainer.devices=2")
+    assert answer.code == 0, answer.err
+    assert {pipeline.gpus(stage, "wide") for stage in ("sft", "reward", "cost")} == {"4,7"}
+    # on the CPU none is taken, and none is seen
+    assert pipeline("pipeline.stages=[sft]", "name=cpu", "trainer.accelerator=cpu").code == 0
+    assert pipeline.gpus("sft", "cpu") == ""
+
+
+def test_a_machine_without_gpus_deals_none(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.use_processes()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    words = ("strategy=ddp", "trainer.devices=2")
+    assert pipeline("pipeline.stages=[sft]", *words).code == 0
+    assert pipeline.gpus("sft") == "None"
+
+
+def test_a_stage_that_wants_too_many_gpus_is_refused_at_once(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "visible_gpus", lambda: ("0", "1"))
+    wide = ["task=cost", "strategy=ddp", "trainer.devices=3", "trainer.batch_size=48"]
+    answer = pipeline(THREE, f"pipeline.definitions.cost.overrides={json.dumps(wide)}")
+    assert answer.code == 2
+    assert answer.error == "3 GPUs for one run, this machine has 2 GPUs (in trainer.devices, stage cost); use 2"
+    assert pipeline.statuses() == {}, "nothing was started"
 
 
 def test_a_failing_stage_is_one_line_and_the_others_go_on(pipeline: Pipeline) -> None:

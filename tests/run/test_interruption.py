@@ -136,6 +136,64 @@ def test_slurm_does_not_get_its_own_checkpoint(
     assert_same_end(folder, uninterrupted)
 
 
+SLURM = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "answer", "asked", "said"),
+    [
+        (signal.SIGUSR1, "train_batch_start", "", 1, "SLURM will start job 17 again, and the run goes on from there"),
+        (signal.SIGINT, "train_batch_start", "", 0, "stopped by SIGINT after step 5"),
+        (signal.SIGUSR1, "evaluated", "", 1, "SLURM will start job 17 again"),
+        pytest.param(
+            *(signal.SIGTERM, "train_batch_start", "echo no >&2; exit 1", 1),
+            "SLURM does not start job 17 again, it said 'no'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(signal.SIGTERM, "fitted", "", 1, "SLURM will start job 17 again", marks=pytest.mark.slow),
+    ],
+)
+def test_a_job_that_has_to_leave_is_requeued(
+    number: int, at: str, answer: str, asked: int, said: str, server: RunServer, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """When SLURM is asked, the state is on disk and the run's end is noted; started again, it comes to the same end."""
+    place = tmp_path / "bin"
+    place.mkdir()
+    log, outputs = tmp_path / "asked", tmp_path / "outputs"
+    states = f"ls {outputs}/*/*/checkpoints/*; grep -c killed {outputs}/*/*/status.json"
+    (place / "scontrol").write_text(f'#!/bin/sh\n(echo "$@"; {states}) >> {log}\nkill -TERM $PPID\n{answer}\n')
+    (place / "scontrol").chmod(0o755)
+    environment = {**SLURM, "PATH": f"{place}:{os.environ['PATH']}"}
+    overrides = small("task=reward", NO_CHECKPOINT_DUE, "checkpoint.requeue=true", f"output_root={outputs}")
+    ended = server.run(*overrides, die={"signal": number, "at": at, "step": 4}, environment=environment)
+    assert ended.code == 130 and "Traceback" not in ended.output, ended.output
+    assert ended.lines[-1].startswith(said), ended.output
+    folder = only_run(outputs)
+    assert status(folder)["status"] == "killed"
+    lines = log.read_text().splitlines() if log.exists() else []
+    assert lines.count("requeue 17") == asked
+    if asked:
+        step = STEPS if at in ("fitted", "evaluated") else 5
+        assert lines == ["requeue 17", str(folder / "checkpoints" / f"step-{step:08d}.ckpt"), "1"]
+    assert server.run(*overrides, environment=environment).code == 0
+    assert_same_end(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("words", [(), ("checkpoint.requeue=true",)])
+def test_nothing_is_requeued_unless_asked_for_and_under_slurm(
+    words: tuple[str, ...], server: RunServer, tmp_path: Path
+) -> None:
+    place, outputs = tmp_path / "bin", tmp_path / "outputs"
+    place.mkdir()
+    (place / "scontrol").write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+    (place / "scontrol").chmod(0o755)
+    environment = {**({} if words else SLURM), "PATH": f"{place}:{os.environ['PATH']}"}
+    die = {"signal": signal.SIGUSR1, "at": "train_batch_start", "step": 4}
+    ended = server.run(*small("task=reward", *words, f"output_root={outputs}"), die=die, environment=environment)
+    assert ended.code == 130 and ended.lines[-1].startswith("stopped by SIGUSR1 after step 5"), ended.output
+    assert not (tmp_path / "asked").exists()
+
+
 def test_no_pickle_in_a_checkpoint(uninterrupted: Path) -> None:
     (path,) = (uninterrupted / "checkpoints").iterdir()
     held = torch.load(path, weights_only=True)

@@ -147,6 +147,17 @@ def test_killed_at_any_other_moment(
 
 
 @pytest.mark.slow
+def test_the_phase_of_the_dead_process_is_not_that_of_the_next(server: RunServer, tmp_path: Path) -> None:
+    """A pipeline shows it: `exporting` while the next process is loading would be wrong."""
+    overrides = small("task=reward", f"output_root={tmp_path}")
+    assert server.run(*overrides, die={"signal": KILL, "at": "exported"}).code == -KILL
+    folder = only_run(tmp_path)
+    assert status(folder)["phase"] == "exporting"
+    assert server.run(*overrides, die={"signal": KILL, "at": "fitted"}).code == -KILL
+    assert status(folder)["phase"] is None and status(folder)["status"] == "running"
+
+
+@pytest.mark.slow
 def test_killed_during_validation(server: RunServer, uninterrupted: Reference, tmp_path: Path) -> None:
     overrides = ["task=reward"]
     changed = [*overrides, "checkpoint.every_steps=4"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from saferlhf.training.stop import SIGNALS, GracefulStop, sigterm_interrupts
+from saferlhf.training.stop import FROM_SYSTEM, SIGNALS, GracefulStop, system_asked, system_interrupts
 
 
 def handlers() -> list[Any]:
@@ -55,7 +56,7 @@ def test_in_another_thread_signals_are_left_alone() -> None:
     before, seen = handlers(), []
 
     def body() -> None:
-        with GracefulStop() as stop, sigterm_interrupts():
+        with GracefulStop() as stop, system_interrupts():
             seen.append((handlers(), stop()))
 
     thread = threading.Thread(target=body)
@@ -64,16 +65,43 @@ def test_in_another_thread_signals_are_left_alone() -> None:
     assert seen == [(before, False)]
 
 
-def test_sigterm_interrupts_like_ctrl_c() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+@pytest.mark.parametrize("number", FROM_SYSTEM)
+def test_what_the_system_sends_interrupts_like_ctrl_c(number: int) -> None:
+    before = {other: signal.getsignal(other) for other in FROM_SYSTEM}
+    for other in FROM_SYSTEM:
+        signal.signal(other, signal.SIG_DFL)
     try:
-        with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with pytest.raises(KeyboardInterrupt), system_interrupts():
+            os.kill(os.getpid(), number)
+        assert {signal.getsignal(other) for other in FROM_SYSTEM} == {signal.SIG_DFL}
+        assert system_asked() == signal.Signals(number).name
         # a handler of somebody else stays
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with sigterm_interrupts():
-            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(number, signal.SIG_IGN)
+        with system_interrupts():
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN and system_asked() is None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+
+@pytest.mark.parametrize(
+    ("sent", "asked"),
+    [
+        ([], None),
+        ([signal.SIGUSR1], "SIGUSR1"),
+        ([signal.SIGUSR1, signal.SIGTERM], "SIGUSR1"),
+        ([signal.SIGINT], None),
+        # a person insists, or is the first
+        ([signal.SIGTERM, signal.SIGINT], None),
+        ([signal.SIGINT, signal.SIGTERM], None),
+    ],
+)
+def test_whether_a_person_asked(sent: list[int], asked: str | None) -> None:
+    with system_interrupts(), GracefulStop(quiet=True):
+        for count, number in enumerate(sent):
+            with pytest.raises(KeyboardInterrupt) if count else nullcontext():
+                os.kill(os.getpid(), number)
+    assert system_asked() == asked
+    with system_interrupts():
+        assert system_asked() is None, "the next run was not asked"

@@ -21,7 +21,7 @@ from saferlhf.config.run_folder import FAILED, FINISHED, KILLED, RunFolder
 from saferlhf.config.schema import TrainConfig
 from saferlhf.errors import UserError
 from saferlhf.pipeline.compare import COMPARISON_FILES, SCREEN, compare
-from saferlhf.pipeline.launcher import Job, JobResult, cpu_share, last_words, launch
+from saferlhf.pipeline.launcher import DevicePool, Job, JobResult, cpu_share, last_words, launch
 from saferlhf.pipeline.screen import StageScreen
 from saferlhf.pipeline.stages import Stage, Stages
 from saferlhf.run.screen import metrics_overview
@@ -50,7 +50,8 @@ def run_pipeline(stages: Stages, *, flags: Sequence[str] = ()) -> dict[str, floa
         Metrics of all stages, each name prefixed with `<stage>/`.
 
     Raises:
-        UserError: a stage that is needed was never run, or another process runs this pipeline.
+        UserError: a stage that is needed was never run, one wants more GPUs than there are, or another process runs
+            this pipeline.
         PipelineFailed: a stage did not finish.
         KeyboardInterrupt: a person or the system asked for an end; all stages were stopped.
     """
@@ -59,6 +60,9 @@ def run_pipeline(stages: Stages, *, flags: Sequence[str] = ()) -> dict[str, floa
     for stage in stages.asked:
         if not stage.needs:  # files and models that are not there: before anything is written
             stages.locate(stage, {})
+    pool = DevicePool()
+    for stage in stages.asked:
+        pool.check(_devices(stages, stage), f"trainer.devices, stage {stage.name}")
     first = stages.configs[stages.asked[0].name]
     summary = RunFolder(Path(first.output_root) / stages.prefix / _pipeline_hash(stages))
     parent = _Parent(first, stages, summary)
@@ -67,7 +71,7 @@ def run_pipeline(stages: Stages, *, flags: Sequence[str] = ()) -> dict[str, floa
     try:
         with StageScreen([stage.name for stage in stages.asked]) as screen:
             jobs = _Jobs(stages, folders, summary, parent, screen, flags)
-            results = launch(jobs.all(), at_once=stages.pipeline.parallel, on_poll=screen.poll)
+            results = launch(jobs.all(), at_once=stages.pipeline.parallel, on_poll=screen.poll, pool=pool)
         if any(result.code != 0 for result in results.values()):
             raise _failure(results, summary)
         _check_places(folders)
@@ -135,7 +139,8 @@ class _Jobs:
     def _job(self, stage: Stage) -> Job:
         asked = {other.name for other in self._stages.asked}
         log = self._summary.path / f"{stage.name}.log"
-        return Job(stage.name, lambda: self._command(stage), log, tuple(need for need in stage.needs if need in asked))
+        needs = tuple(need for need in stage.needs if need in asked)
+        return Job(stage.name, lambda: self._command(stage), log, needs, devices=_devices(self._stages, stage))
 
     def _command(self, stage: Stage) -> list[str] | None:
         """The process that runs the stage; None when its run is finished."""
@@ -156,6 +161,12 @@ class _Jobs:
         """How many stages may run beside this one: those with the same needs."""
         same = [other for other in self._stages.asked if other.needs == stage.needs]
         return min(self._stages.pipeline.parallel, len(same))
+
+
+def _devices(stages: Stages, stage: Stage) -> int:
+    """GPUs that a stage wants where there are any."""
+    trainer = stages.configs[stage.name].trainer
+    return 0 if trainer.accelerator == "cpu" else trainer.devices
 
 
 def _pipeline_hash(stages: Stages) -> str:

@@ -10,6 +10,7 @@ from saferlhf.data.build import Splits, build_data
 from saferlhf.data.encode import Encoder
 from saferlhf.data.rows import PromptRow, QuestionAnswer
 from saferlhf.errors import UserError
+from saferlhf.models.roles_build import planned_starts
 from saferlhf.rollout.prompts import tokenize_prompts
 from saferlhf.tasks.actor_critic import ActorCriticTask
 from saferlhf.tasks.online_prompts import EncodedPrompts
@@ -41,7 +42,7 @@ def supervised_rows(config: TrainConfig, encoder: Encoder) -> Any:
 
 
 def online_plan_rows(config: TrainConfig, task: ActorCriticTask | None, steps: int) -> list[tuple[str, str]]:
-    """Lines of the plan about roles and rollouts; without a task, of all but the roles."""
+    """Lines of the plan about roles and rollouts; without a task, whose models are not there yet, of rollouts alone."""
     rollout, ppo = config.rollout, config.task
     assert rollout is not None
     responses = rollout.prompts * rollout.samples
@@ -51,8 +52,10 @@ def online_plan_rows(config: TrainConfig, task: ActorCriticTask | None, steps: i
     ]
     lines.append(("", f"each {ppo.epochs} passes of {ppo.mini_batches} steps" + (f" in {micro}s" if micro else "")))
     lines.append(("", f"{responses * steps:,} responses in all"))
-    roles = [] if task is None or task.roles is None else task.roles.describe()
-    lines += [(row["role"], ("trained, " if row["trained"] else "") + row["start"]) for row in roles]
+    if task is not None and task.roles is not None:
+        lines += [(row["role"], "trained, " * row["trained"] + row["start"]) for row in task.roles.describe()]
+    elif task is not None:
+        lines += planned_starts(task.role_plan())
     given = [f"{name} by {signal.judge.name}" for name, signal in (config.scorers or {}).items()]
     if given:
         lines.append(("scorers", ", ".join(given)))

@@ -55,8 +55,7 @@ def plan_rows(
     elif isinstance(config.task, PpoConfig):
         from saferlhf.run.online import online_plan_rows
 
-        # the memory plan names the roles where they are not built
-        work = online_plan_rows(config, None if config.plan.only else task, steps)
+        work = online_plan_rows(config, task, steps)
     else:
         interval = validation_interval(config, steps)
         work = [
@@ -82,7 +81,8 @@ def _sizes(config: TrainConfig, encoded: EncodedSplits, task: Any, steps: int, d
         return [("parameters", "known when the runs that it starts from are finished")]
     if not config.plan.only or isinstance(config.task, ProbeConfig):
         return _size(config, task)
-    from saferlhf.run.memory.plan import check_policy_fits, plan_memory
+    from saferlhf.run.memory.plan import plan_memory
+    from saferlhf.run.memory.policy_size import check_policy_fits
     from saferlhf.run.memory.table import memory_rows
     from saferlhf.run.memory.workload import workload_of
 

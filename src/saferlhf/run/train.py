@@ -24,8 +24,10 @@ from saferlhf.run import screen
 from saferlhf.run.log import RunLog
 from saferlhf.run.prepare import LocatedRun, checked, locate_run
 from saferlhf.run.screen import say, say_finished, say_result
+from saferlhf.training.first_process import follow_first, leading
 from saferlhf.training.processes import assembled, await_the_end, comes_first, has_several, told
-from saferlhf.training.stop import sigterm_interrupts
+from saferlhf.training.requeue import requeue, slurm_job
+from saferlhf.training.stop import system_asked, system_interrupts
 
 if TYPE_CHECKING:
     from saferlhf.run.stages import PreparedRun
@@ -52,6 +54,8 @@ def train(config: TrainConfig) -> RunResult:
     """
     config = checked(config)
     first = comes_first(config)
+    if not first:
+        follow_first()
     run = locate_run(config)
     if not config.plan.only and run.folder.status().get("status") == FINISHED:
         return _finished_before(run) if first else RunResult(run.folder.path, {})
@@ -91,14 +95,14 @@ def _to_the_end(run: LocatedRun) -> tuple[dict[str, float], str | None]:
 
         quiet_lightning()
     try:
-        with sigterm_interrupts(), assembled(run.config) as processes:
+        with system_interrupts(), leading(), assembled(run.config) as processes:
             return _carry_out(run, tracked, processes)
-    except Interrupted:
+    except Interrupted as stopped:
         _end(run.folder, tracked, KILLED)
-        raise
+        raise Interrupted(_with_requeue(run, str(stopped))) from None
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
         _end(run.folder, tracked, KILLED)
-        raise Interrupted(f"stopped; {_where_it_goes_on(run)}") from None
+        raise Interrupted(_with_requeue(run, f"stopped; {_where_it_goes_on(run)}")) from None
     except OSError as error:
         _end(run.folder, tracked, FAILED, str(error))
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -195,6 +199,12 @@ def _where_it_goes_on(run: LocatedRun) -> str:
     return f"the same command goes on from step {max(steps)}"
 
 
+def _with_requeue(run: LocatedRun, message: str) -> str:
+    """The message; where SLURM shall start the job again, it is asked to, last of all, and a line says so."""
+    job = slurm_job() if run.config.checkpoint.requeue and system_asked() else None
+    return message if job is None else f"{message}\n{requeue(job)}"
+
+
 def _remove_drafts(folder: RunFolder) -> None:
     """What a killed process was writing when it died; nobody else is here, we hold the lock."""
     drafts = [p for p in folder.path.glob(".*.*") if p.is_file()]
@@ -207,5 +217,5 @@ def _remove_drafts(folder: RunFolder) -> None:
 def _write_config(run: LocatedRun) -> None:
     write_text(run.folder.path / "config.yaml", yaml.safe_dump(asdict(run.config), sort_keys=False))
     write_json(run.folder.path / "identity.json", run.identity)
-    run.folder.update_status(hash=run.hash, name=run.config.name, started=time.time(), process=os.getpid())
+    run.folder.update_status(hash=run.hash, name=run.config.name, started=time.time(), process=os.getpid(), phase=None)
     say(f"run {run.folder.path}")

@@ -19,7 +19,7 @@ from saferlhf.config.online_schema import GaeConfig, PpoConfig
 from saferlhf.config.schema import ScheduleConfig, TrainConfig
 from saferlhf.errors import UserError
 from saferlhf.evaluation.processes import Processes
-from saferlhf.models.role_sources import plan_roles
+from saferlhf.models.role_sources import RolePlan, plan_roles
 from saferlhf.models.roles import Roles
 from saferlhf.models.roles_build import build_roles, check_plan
 from saferlhf.ops.constraint import Constraint, build_constraint
@@ -65,8 +65,17 @@ class OnlineTask(L.LightningModule):
     # -------------------------------------------------------------------------------------------- building
     def configure_model(self) -> None:
         """Find, check and load the models of all roles, once; Lightning calls this for every stage."""
-        if self.roles is not None:
-            return
+        if self.roles is None:
+            plan = self.role_plan()
+            check_plan(plan)
+            self.roles = build_roles(plan)
+
+    def role_plan(self) -> RolePlan:
+        """The models of all roles, found and checked.
+
+        Raises:
+            UserError: one is missing, or does not fit the others.
+        """
         config, critics = self.config, self.critics
         assert config.roles is not None
         plan = plan_roles(
@@ -82,9 +91,7 @@ class OnlineTask(L.LightningModule):
             output_root=self.inputs.output_root,
             cache_dir=config.cache_dir,
         )
-        plan = replace(plan, critics={name: start for name, start in plan.critics.items() if name in critics})
-        check_plan(plan)
-        self.roles = build_roles(plan)
+        return replace(plan, critics={name: start for name, start in plan.critics.items() if name in critics})
 
     def configure_optimizers(self) -> Any:
         """One optimizer for the actor, one for all critics; their schedules go by rollouts."""

@@ -1,7 +1,7 @@
 """Ctrl-C, SIGTERM and SIGUSR1 end training between two steps, with a checkpoint; a second one ends it at once.
 
 Interrupting in the middle of an optimizer step would leave half-updated weights, so the handler only takes a note.
-SIGUSR1 is what batch systems send some minutes before they kill a job.
+SIGUSR1 is what batch systems send some minutes before they kill a job (`requeue.py` has them start it again).
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FROM_SYSTEM = (signal.SIGTERM, signal.SIGUSR1)
+"""Those that no terminal sends: the machine is wanted for something else, the run is not."""
+
+_heard: list[str] = []
 
 
 class StopRequested(Exception):
@@ -60,6 +64,7 @@ class GracefulStop:
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        _heard.append(signal.Signals(number).name)
         if self.requested is not None:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
@@ -69,18 +74,30 @@ class GracefulStop:
             )
 
 
+def system_asked() -> str | None:
+    """The signal by which the system alone, and no person, asked for an end since `system_interrupts` was entered."""
+    named = {number.name for number in FROM_SYSTEM}
+    return _heard[0] if _heard and named.issuperset(_heard) else None
+
+
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that a run that is loading or evaluating ends as orderly as by Ctrl-C."""
+def system_interrupts() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise KeyboardInterrupt, so that a run that is loading or evaluating ends as orderly as by
+    Ctrl-C: left alone, they end a process at once. Handlers of somebody else stay.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        _heard.append(signal.Signals(number).name)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, interrupt)
+    _heard.clear()
+    free = [number for number in FROM_SYSTEM if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        free = []
+    for number in free:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)

@@ -12,7 +12,8 @@ from command_lines import config
 
 from saferlhf.config.paths import conf_dir
 from saferlhf.errors import UserError
-from saferlhf.run.memory.plan import GIB, check_policy_fits, plan_memory
+from saferlhf.run.memory.plan import GIB, plan_memory
+from saferlhf.run.memory.policy_size import check_policy_fits
 
 LARGE = sorted((conf_dir() / "experiment" / "large").glob("*.yaml"))
 

@@ -10,7 +10,8 @@ import pytest
 from command_lines import FAST, call, config
 
 from saferlhf.config.schema import TrainConfig
-from saferlhf.run.memory.plan import GIB, MemoryPlan, check_policy_fits, plan_memory, published_bytes
+from saferlhf.run.memory.plan import GIB, MemoryPlan, plan_memory, published_bytes
+from saferlhf.run.memory.policy_size import check_policy_fits
 from saferlhf.run.memory.remedies import remedies_for
 from saferlhf.run.memory.table import memory_rows
 from saferlhf.run.memory.workload import Workload, full_length
