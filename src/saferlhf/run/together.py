@@ -20,6 +20,7 @@ from saferlhf.config.run_folder import RunFolder
 from saferlhf.errors import UserError
 from saferlhf.evaluation.processes import Processes
 from saferlhf.run import screen
+from saferlhf.training.first_process import follow_first
 from saferlhf.training.processes import launched, started_by_torchrun
 
 
@@ -42,6 +43,7 @@ def joined(config: EvaluateConfig) -> Processes:
     from saferlhf.run.trainer import quiet_lightning
 
     quiet_lightning()
+    follow_first()
     launched(config.trainer.accelerator, devices, command="evaluate")
     processes = Processes.current()
     if not processes.first:

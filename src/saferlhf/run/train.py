@@ -24,7 +24,7 @@ from saferlhf.run import screen
 from saferlhf.run.log import RunLog
 from saferlhf.run.prepare import LocatedRun, checked, locate_run
 from saferlhf.run.screen import say, say_finished, say_result
-from saferlhf.training.first_process import follow_first, leading
+from saferlhf.training.first_process import follow_first
 from saferlhf.training.processes import assembled, await_the_end, comes_first, has_several, told
 from saferlhf.training.requeue import requeue, slurm_job
 from saferlhf.training.stop import system_asked, system_interrupts
@@ -95,7 +95,7 @@ def _to_the_end(run: LocatedRun) -> tuple[dict[str, float], str | None]:
 
         quiet_lightning()
     try:
-        with system_interrupts(), leading(), assembled(run.config) as processes:
+        with system_interrupts(), assembled(run.config) as processes:
             return _carry_out(run, tracked, processes)
     except Interrupted as stopped:
         _end(run.folder, tracked, KILLED)

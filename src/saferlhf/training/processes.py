@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from saferlhf.config.schema import TrainConfig
 from saferlhf.errors import UserError
 from saferlhf.evaluation.processes import Processes
+from saferlhf.training.first_process import leading
 
 LEAVE_S = 20.0
 """How long a process that is done, or that met with trouble, waits to be left alone or ended."""
@@ -150,7 +151,7 @@ def launched(
         num_nodes=nodes,
         strategy=DDPStrategy(process_group_backend=backend),
     )
-    with _words_for_children(command):
+    with _words_for_children(command), leading():
         fabric.launch()
     return tuple(getattr(fabric.strategy.launcher, "procs", ()))
 
