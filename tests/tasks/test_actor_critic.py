@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from small_runs import curves, online, policy_folder, prepared
 
+from saferlhf.run.online import online_plan_rows
 from saferlhf.run.stages import fit
 from saferlhf.tracking.mlflow_logger import build_logger
 
@@ -37,6 +38,17 @@ def test_the_first_rollout(policy: Path, tmp_path: Path) -> None:
     # lambda 1, lr 0.1: ln lambda moves by lr times the mean cost
     gap = at_first["train/mean_cost"]
     assert at_first["train/lambda"] == pytest.approx(math.exp(0.1 * gap))
+
+
+def test_the_plan_names_where_roles_start_before_they_are_loaded(policy: Path, tmp_path: Path) -> None:
+    run = prepared(online(policy, f"output_root={tmp_path}"))
+    planned = dict(online_plan_rows(run.config, run.task, run.steps))
+    assert run.task.roles is None
+    assert planned["actor"] == f"trained, {policy}" and planned["reference"] == str(policy)
+    assert planned["cost_critic"].startswith("trained, ") and "reward" not in planned, "scorers reward here"
+    run.task.configure_model()
+    loaded = dict(online_plan_rows(run.config, run.task, run.steps))
+    assert loaded.keys() == planned.keys() and loaded["actor"] == planned["actor"]
 
 
 @pytest.mark.slow
