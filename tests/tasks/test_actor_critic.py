@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from small_runs import curves, online, policy_folder, prepared
 
 from saferlhf.run.online import online_plan_rows
@@ -49,6 +51,17 @@ def test_the_plan_names_where_roles_start_before_they_are_loaded(policy: Path, t
     run.task.configure_model()
     loaded = dict(online_plan_rows(run.config, run.task, run.steps))
     assert loaded.keys() == planned.keys() and loaded["actor"] == planned["actor"]
+
+
+def test_rows_go_where_the_strategy_says_while_it_trains(policy: Path, tmp_path: Path) -> None:
+    """Sharded weights lie on GPUs that the module itself knows nothing of."""
+    task = prepared(online(policy, f"output_root={tmp_path}")).task
+    assert task.home == torch.device("cpu")
+    strategy = SimpleNamespace(root_device=torch.device("meta"))
+    task._trainer = SimpleNamespace(training=True, strategy=strategy)
+    assert task.home == torch.device("meta")
+    task._trainer = SimpleNamespace(training=False, strategy=strategy)
+    assert task.home == torch.device("cpu"), "afterwards it is where it was moved"
 
 
 @pytest.mark.slow

@@ -61,15 +61,15 @@ class ActorCriticTask(OnlineTask):
         # 1. responses of the policy as it is
         rollout = self.sample(batch[0], number)
         # 2. what they are worth
-        scores = self.signals.score(rollout, self.device)
+        scores = self.signals.score(rollout, self.home)
         # 3. the multipliers answer to the raw costs of the whole rollout, once
         stats = self.constraint.update(scores.costs, rollout.groups)
         stats |= _described(rollout, scores) | self._truth(rollout)
         # 4. responses that got all their scores; what the old policy and the reference say of every token
-        rollout = rollout.select(torch.nonzero(scores.scored).flatten()).to(self.device)
+        rollout = rollout.select(torch.nonzero(scores.scored).flatten()).to(self.home)
         if not len(rollout):
             raise UserError("no response of this rollout got a score", "scorers", "see the scorer's failures above")
-        scores = scores_of(scores, self.device)
+        scores = scores_of(scores, self.home)
         reference = self._logprobs("reference", rollout)
         old = self._logprobs("actor", rollout)
         stats |= self._mismatch(rollout, old)
@@ -252,7 +252,7 @@ class ActorCriticTask(OnlineTask):
             return [token_logprobs(logits, part.input_ids, part.response_mask, temperature=config.temperature)]
 
         with roles.causal(name):
-            (found,) = told_of_all(rollout, self._rows, logprobs_of, self.device)
+            (found,) = told_of_all(rollout, self._rows, logprobs_of, self.home)
         return found
 
     @torch.no_grad()
@@ -264,7 +264,7 @@ class ActorCriticTask(OnlineTask):
         def values_of(part: Rollout) -> Sequence[Tensor]:
             return roles.values_and_end(f"{name}_critic", part.input_ids, part.attention_mask)
 
-        values, behind = told_of_all(rollout, self._rows, values_of, self.device)
+        values, behind = told_of_all(rollout, self._rows, values_of, self.home)
         return values.masked_fill(~rollout.response_mask, 0.0), behind
 
     def _mismatch(self, rollout: Rollout, policy: Tensor) -> dict[str, float]:
@@ -296,10 +296,10 @@ class ActorCriticTask(OnlineTask):
         loader: StepLoader[Any] = StepLoader(data, batch_size=rows, total_steps=step + 1, seed=self.config.seed)
         chosen = loader.step_indices(step)
         size = min(rows, self.config.trainer.micro_batch_size or rows)
-        found, total = [], torch.zeros((), dtype=torch.int64, device=self.device)
+        found, total = [], torch.zeros((), dtype=torch.int64, device=self.home)
         for part in deal(data.lengths[chosen], size, Processes.current()):
             batch = data.collate(chosen[part.places.numpy()])
-            batch = replace(batch, response_mask=batch.response_mask & part.counted[:, None]).to(self.device)
+            batch = replace(batch, response_mask=batch.response_mask & part.counted[:, None]).to(self.home)
             total += batch.response_mask[:, 1:].sum()
             found.append(batch)
         if Processes.current().size > 1:

@@ -62,6 +62,14 @@ class OnlineTask(L.LightningModule):
         """All roles."""
         return self.roles
 
+    @property
+    def home(self) -> torch.device:
+        """Where rows and numbers belong; while weights are sharded Lightning does not know where they are."""
+        trainer = self._trainer
+        if trainer is not None and trainer.training:
+            return trainer.strategy.root_device
+        return self.device
+
     # -------------------------------------------------------------------------------------------- building
     def configure_model(self) -> None:
         """Find, check and load the models of all roles, once; Lightning calls this for every stage."""
@@ -123,7 +131,7 @@ class OnlineTask(L.LightningModule):
             batch_size=self.config.trainer.eval_batch_size,
             output_root=self.inputs.output_root,
             cache_dir=self.config.cache_dir,
-            device=self.device,
+            device=self.home,
         )
 
     @property
