@@ -74,7 +74,8 @@ class Measured:
     def commands(self) -> str:
         """What to type."""
         if self.train is None:
-            return f"`{self.evaluate} model={_backbone(self).model}`"
+            judged = self.evaluate.format(judge=f"RUN_OF_{(self.judge or '').upper()}")
+            return f"`{judged} model={_backbone(self).model}`"
         seeds = f"Seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}"
         return f"{seeds}: `{self.train}`, then `{self.evaluate}`"
 

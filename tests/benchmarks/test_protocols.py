@@ -173,7 +173,7 @@ def test_a_backbone_as_it_is_and_its_judge(protocols: ModuleType, tmp_path: Path
     plain = protocols.Measured(
         "plain", "It is.", "python evaluate.py judges=[{judge}]", backbone="smollm2", judge="judge"
     )
-    assert plain.commands == "`python evaluate.py judges=[{judge}] model=HuggingFaceTB/SmolLM2-135M-Instruct`"
+    assert plain.commands == "`python evaluate.py judges=[RUN_OF_JUDGE] model=HuggingFaceTB/SmolLM2-135M-Instruct`"
     found = {"judge": "runs/r0", "plain": "some/folder"}
     called: list[str] = []
     monkeypatch.setattr(protocols, "read_models", lambda file: [judge, plain])
