@@ -17,6 +17,7 @@ import pytest
 from saferlhf.errors import UserError
 from saferlhf.pipeline import launcher
 from saferlhf.pipeline.launcher import DevicePool, Job, JobResult, Known, cpu_share, last_words, launch, visible_gpus
+from saferlhf.training import parent
 
 PYTHON = (sys.executable, "-S", "-c")  # -S: no site-packages, starts in milliseconds
 
@@ -431,7 +432,7 @@ def test_jobs_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_who_was_not_started_by_a_launcher_follows_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher.ctypes, "CDLL", lambda _: pytest.fail("asked the kernel"))
+    monkeypatch.setattr(parent.ctypes, "CDLL", lambda _: pytest.fail("asked the kernel"))
     monkeypatch.delenv(launcher.LAUNCHER_PID, raising=False)
     launcher.follow_launcher()
     monkeypatch.setenv(launcher.LAUNCHER_PID, "1")

@@ -13,7 +13,6 @@ the jobs are asked by the system (Linux; `follow_launcher`).
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from saferlhf.errors import UserError
+from saferlhf.training.parent import end_with_parent
 
 POLL_S = 0.2
 GRACE_S = 60.0
@@ -37,7 +37,6 @@ LOG_MARK = "=== "
 LAUNCHER_PID = "SAFERLHF_LAUNCHER_PID"
 """Variable that tells a job which process started it."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass
@@ -141,12 +140,9 @@ class DevicePool:
 
 def follow_launcher() -> None:
     """End as after a SIGTERM when the launcher that started this process dies, however it does; Linux only."""
-    if os.environ.get(LAUNCHER_PID) != str(os.getppid()) or not sys.platform.startswith("linux"):
-        return
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.environ[LAUNCHER_PID] != str(os.getppid()):  # it died in between
-            signal.raise_signal(signal.SIGTERM)
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher == str(os.getppid()):
+        end_with_parent(launcher, signal.SIGTERM)
 
 
 def launch(

@@ -7,9 +7,7 @@ speaks, evaluates and exports. None outlives the first: when that fails, or is k
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ from contextlib import contextmanager, suppress
 from saferlhf.config.schema import TrainConfig
 from saferlhf.errors import UserError
 from saferlhf.evaluation.processes import Processes
-from saferlhf.training.first_process import leading
+from saferlhf.training.first_process import follow_first, leading
 
 LEAVE_S = 20.0
 """How long a process that is done, or that met with trouble, waits to be left alone or ended."""
@@ -55,8 +53,8 @@ def assembled(config: TrainConfig) -> Iterator[Processes]:
     before = {key: os.environ.get(key) for key in STARTED_WITH}
     children = _join(config)
     processes = Processes.current()
-    if not processes.first and "TORCHELASTIC_RUN_ID" not in os.environ:
-        _die_with_parent()
+    if not processes.first:
+        follow_first()
     done = False
     try:
         yield processes
@@ -167,13 +165,6 @@ def _words_for_children(command: str) -> Iterator[None]:
         yield
     finally:
         sys.argv[:] = words
-
-
-def _die_with_parent() -> None:
-    """Be killed when the process that started this one is gone, whatever it died of (Linux)."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]], *, patient: bool) -> None:
