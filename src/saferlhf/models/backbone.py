@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,8 @@ from saferlhf.models.quantization import (
     protect_packed_weights,
     torch_dtype,
 )
+from saferlhf.models.quiet import quiet_transformers
+from saferlhf.models.saving import save_in_this_process
 from saferlhf.models.score_model import first_position
 from saferlhf.models.source import Source, find_source, plain
 
@@ -241,10 +241,7 @@ def _from_export(
     root = cache_root(cache_dir)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="merged-", dir=root) as draft:
-        # of several processes each loads what it merged itself; transformers would write in the first alone
-        merged.should_save_on_this_rank = lambda is_main_process: is_main_process
-        with quiet_transformers():
-            merged.save_pretrained(draft)
+        save_in_this_process(merged, draft)  # of several each loads what it merged itself
         return load_pretrained(draft, cfg, quantization, lm_head=lm_head, device=device)
 
 
@@ -317,22 +314,6 @@ def _refuse_encoder(config: Any, lm_head: bool, cfg: BackboneConfig) -> None:
     kind = config.model_type
     if lm_head and (kind not in CAUSAL or (kind in MASKED and not getattr(config, "is_decoder", False))):
         raise UserError(f"{kind} does not generate text", f"backbone={cfg.name}", "use a causal language model")
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no tables of unexpected weights: what matters is checked and raised."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-        logging.set_verbosity(level)
 
 
 def backbone_dict(cfg: BackboneConfig) -> dict[str, Any]:

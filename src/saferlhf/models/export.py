@@ -32,7 +32,6 @@ from saferlhf.models.backbone import (
     backbone_dict,
     check_pad_token,
     provenance_of,
-    quiet_transformers,
 )
 from saferlhf.models.content import apply_umask
 from saferlhf.models.heads import head_widths
@@ -40,6 +39,7 @@ from saferlhf.models.kernel_map import head_tensors
 from saferlhf.models.merge import merged_model
 from saferlhf.models.metadata import HEADS_FILE, ExportMetadata
 from saferlhf.models.quantization import is_quantized
+from saferlhf.models.quiet import quiet_transformers
 from saferlhf.models.score_model import ScoreModel
 
 BASE_FOLDER = "base"

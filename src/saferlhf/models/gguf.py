@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from saferlhf.errors import UserError
 from saferlhf.models.content import apply_umask, cache_root, file_hash
+from saferlhf.models.saving import save_in_this_process
 
 log = logging.getLogger(__name__)
 
@@ -98,24 +99,10 @@ def _convert(file: Path, draft: Path) -> None:
     state = {name: value.to(torch.bfloat16) for name, value in loaded.state_dict().items()}
     plain.load_state_dict(state, strict=True, assign=True)
     plain.tie_weights()
-    _write_weights(plain, draft)
+    save_in_this_process(plain, draft)
     AutoTokenizer.from_pretrained(str(file.parent), **source).save_pretrained(str(draft))
     if _pre_tokenizer(file) == "smollm":
         _split_digits(draft / "tokenizer.json")
-
-
-def _write_weights(model: Any, folder: Path) -> None:
-    """Config and weights, tied ones once; `save_pretrained` writes nothing in any process but the first of a group."""
-    from safetensors.torch import save_file
-
-    once: dict[int, tuple[str, Any]] = {}
-    for name, value in model.state_dict().items():
-        once.setdefault(value.data_ptr(), (name, value.contiguous()))
-    save_file(dict(once.values()), folder / "model.safetensors", metadata={"format": "pt"})
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(str(folder))
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(str(folder))
 
 
 def _pre_tokenizer(file: Path) -> str | None:

@@ -21,11 +21,11 @@ from saferlhf.config.rollout_schema import GuardJudgeConfig
 from saferlhf.data.rows import Prompt
 from saferlhf.data.templates import pad_id
 from saferlhf.errors import UserError
-from saferlhf.models.backbone import quiet_transformers
 from saferlhf.models.loading import LoadedModel, plain_backbone
 from saferlhf.models.locator import Location
 from saferlhf.models.metadata import ExportMetadata
 from saferlhf.models.quantization import torch_dtype
+from saferlhf.models.quiet import quiet_transformers
 from saferlhf.models.source import hub_cached, require_hub
 from saferlhf.models.tokenizer import load_tokenizer
 from saferlhf.ops.sequences import last_index
