@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
@@ -192,6 +193,23 @@ def assert_same(one: Any, other: Any, at: str = "") -> None:
             assert_same(a, b, f"{at}/{number}")
     else:
         assert one == other, f"{at}: {one} and {other}"
+
+
+def assert_alike_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], close: float) -> None:
+    """The same names, and numbers that differ by `close` at most."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=close, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def assert_alike_curves(
+    found: dict[str, list[tuple[int, float]]], expected: dict[str, list[tuple[int, float]]], close: float
+) -> None:
+    """The same curves at the same steps; norms and perplexities are large numbers, so `close` is relative too."""
+    assert found.keys() == expected.keys()
+    for key, points in expected.items():
+        assert [step for step, _ in found[key]] == [step for step, _ in points], key
+        assert [v for _, v in found[key]] == pytest.approx([v for _, v in points], rel=close, abs=close), key
 
 
 def assert_same_end(one: Path, other: Path) -> None:

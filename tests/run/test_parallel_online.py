@@ -17,6 +17,8 @@ import torch
 from models.role_models import Models, on_one_base
 from small_runs import (
     RunServer,
+    assert_alike_curves,
+    assert_alike_weights,
     assert_same,
     curves,
     metrics,
@@ -176,15 +178,10 @@ def one_process(runs: Runs, kind: str, *more: str) -> dict[str, Any]:
 def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """The same samples, the same weights and the same curves, to `CLOSE`."""
     assert len(expected["samples"]) == 5 and found["samples"] == expected["samples"]
-    assert found["weights"].keys() == expected["weights"].keys()
-    for key, value in expected["weights"].items():
-        same = found["weights"][key]
-        torch.testing.assert_close(same, value, rtol=0, atol=CLOSE, msg=lambda text, key=key: f"{key}: {text}")
+    assert_alike_weights(found["weights"], expected["weights"], CLOSE)
     one, other = curves(Path(found["folder"])), curves(Path(expected["folder"]))
-    assert one.keys() == other.keys() and "train/mean_reward" in one
-    for key, points in other.items():
-        assert [step for step, _ in one[key]] == [step for step, _ in points], key
-        assert [v for _, v in one[key]] == pytest.approx([v for _, v in points], rel=CLOSE, abs=CLOSE), key
+    assert "train/mean_reward" in one
+    assert_alike_curves(one, other, CLOSE)
 
 
 @pytest.mark.parametrize(
