@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from saferlhf.training import parent
 from saferlhf.training.first_process import FIRST_PID, follow_first, leading
 
 FOLLOW = "import time; from saferlhf.training.first_process import follow_first; {before}; follow_first(); {after}"
@@ -97,5 +98,12 @@ def test_the_first_is_killed_while_the_second_is_importing(tmp_path: Path, proje
 
 
 def test_nothing_is_asked_for_without_a_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has a parent that may well end."""
+    asked: list[None] = []
+    monkeypatch.setattr(parent.ctypes, "CDLL", asked.append)
     monkeypatch.delenv(FIRST_PID, raising=False)
-    follow_first()  # this process has a parent that may well end
+    follow_first()
+    assert not asked
+    monkeypatch.setenv(FIRST_PID, str(os.getppid()))
+    follow_first()
+    assert asked, "with a first it is asked for"
